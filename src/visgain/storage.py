@@ -1,0 +1,293 @@
+"""What lies on disk: score parts, selections, run.json, skipped.jsonl. Written whole or not at all.
+
+A file is written beside its final name and renamed, so a file that exists is complete. `run.json` is written first and
+says which configuration the folder belongs to; a run with another configuration stops and prints the difference.
+The schemas here are the public format (docs/schema.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from visgain.errors import StorageError
+from visgain.types import Selection, Skipped, TokenScores
+
+SCORE_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("fingerprint", pa.int64(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("skip_reason", pa.string()),  # null where the row was scored or is text-only
+        pa.field("n_images", pa.int32(), nullable=False),
+        pa.field("n_image_tokens", pa.int32(), nullable=False),
+        pa.field("n_prompt_tokens", pa.int32(), nullable=False),
+        pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("gain", pa.float64()),  # nats, mean of token gains; null for text-only and skipped rows
+        pa.field("token_id", pa.list_(pa.int32()), nullable=False),
+        pa.field("turn", pa.list_(pa.int32()), nullable=False),
+        pa.field("char_start", pa.list_(pa.int32()), nullable=False),
+        pa.field("char_end", pa.list_(pa.int32()), nullable=False),
+        pa.field("nll_seen", pa.list_(pa.float32()), nullable=False),  # nats; empty for text-only and skipped rows
+        pa.field("nll_blind", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+"""One row of a score part for every row of the dataset: scored, text-only or skipped."""
+
+SELECTION_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("fingerprint", pa.int64(), nullable=False),
+        pa.field("token_id", pa.list_(pa.int32()), nullable=False),
+        pa.field("keep", pa.list_(pa.bool_()), nullable=False),
+    ]
+)
+"""One row for every kept row of the dataset. The k-th supervised label must be token_id[k]; it is active if keep[k]."""
+
+_PART_NAME = re.compile(r"part-(\d{5})-of-(\d{5})\.parquet")
+
+
+# ---------------------------------------------------------------- atomic files
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an operating-system error about `path` (disk full, no permission) into one StorageError."""
+    try:
+        yield
+    except OSError as error:
+        hint = "free some space and run the same command again to resume" if error.errno == 28 else "check --out"
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; renamed to `path` on success, removed on failure."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Parsed contents of one of our own JSON files. Raises StorageError that names `what` is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StorageError(f"{path} does not exist: {path.parent} holds no {what}") from None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot read {what} from {path}: {error}") from error
+
+
+# ---------------------------------------------------------------- run.json
+
+
+def claim_run(folder: Path, identity: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Make `folder` belong to the run described by `identity`. Returns True if it already did (a resume).
+
+    `identity` is everything that the result depends on; `record` is kept for the reader (versions, times) and may
+    differ between starts. Raises StorageError with the differing keys if the folder belongs to another run.
+    """
+    path = folder / "run.json"
+    identity = json.loads(json.dumps(identity))
+    if path.exists():
+        before = read_json(path, "run")["identity"]
+        changed = list(_differences(before, identity))
+        if changed:
+            raise StorageError(
+                f"{folder} belongs to a run with another configuration; use another --out, or undo the change:\n"
+                + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changed)
+            )
+        return True
+    if any(folder.glob("part-*.parquet")):
+        raise StorageError(f"{folder} holds score parts but no run.json; use another --out")
+    write_json(path, {"identity": identity, **record})
+    return False
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            yield from _differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+    elif before != now:
+        yield prefix, before, now
+
+
+# ---------------------------------------------------------------- scores
+
+
+def score_table(records: Iterable[TokenScores | Skipped]) -> pa.Table:
+    """Records of any order as a table in SCORE_SCHEMA, sorted by row."""
+    rows = [_score_row(record) for record in sorted(records, key=lambda record: record.row)]
+    return pa.Table.from_pylist(rows, schema=SCORE_SCHEMA)
+
+
+def _score_row(record: TokenScores | Skipped) -> dict[str, Any]:
+    shared = {
+        "row": record.row,
+        "id": record.id,
+        "fingerprint": record.fingerprint,
+        "source": record.source,
+        "n_images": record.n_images,
+    }
+    if isinstance(record, Skipped):
+        empty: dict[str, Any] = dict.fromkeys(
+            ("token_id", "turn", "char_start", "char_end", "nll_seen", "nll_blind"), []
+        )
+        counts = {"n_image_tokens": 0, "n_prompt_tokens": 0, "truncated": False}
+        return {**shared, **counts, **empty, "skip_reason": record.reason, "gain": None}
+    return {
+        **shared,
+        "skip_reason": None,
+        "n_image_tokens": record.n_image_tokens,
+        "n_prompt_tokens": record.n_prompt_tokens,
+        "truncated": record.truncated,
+        "gain": record.mean_gain if len(record.nll_seen) else None,
+        "token_id": record.token_id,
+        "turn": record.turn,
+        "char_start": record.chars[:, 0],
+        "char_end": record.chars[:, 1],
+        "nll_seen": record.nll_seen,
+        "nll_blind": record.nll_blind,
+    }
+
+
+def part_path(folder: Path, index: int, count: int) -> Path:
+    return folder / f"part-{index:05d}-of-{count:05d}.parquet"
+
+
+def write_part(folder: Path, index: int, count: int, table: pa.Table) -> None:
+    """Write part `index` of `count`, whole or not at all."""
+    floats = ["gain", "nll_seen.list.element", "nll_blind.list.element"]
+    integers = [f"{name}.list.element" for name in ("token_id", "turn", "char_start", "char_end")]
+    with atomic_path(part_path(folder, index, count)) as temporary:
+        pq.write_table(
+            table,
+            temporary,
+            compression="zstd",
+            use_dictionary=["source", "skip_reason", *integers],
+            use_byte_stream_split=floats,
+        )
+
+
+def finished_parts(folder: Path, count: int) -> set[int]:
+    """Indices of the parts already written. Raises StorageError if the folder is split into another number of parts."""
+    finished = set()
+    for path in folder.glob("part-*.parquet"):
+        match = _PART_NAME.fullmatch(path.name)
+        if match is None or int(match[2]) != count:
+            raise StorageError(f"{path} is not one of the {count} parts of this run; move it away or use another --out")
+        finished.add(int(match[1]))
+    return finished
+
+
+def read_scores(folder: Path, columns: Sequence[str] | None = None, *, partial: bool = False) -> pa.Table:
+    """All scores of a finished run, sorted by row.
+
+    `columns`: which ones to read (default all). `partial`: accept a run that has parts missing.
+    Raises StorageError if the folder holds no scores, a damaged part, or an unfinished run.
+    """
+    n_parts = read_json(folder / "run.json", "scores").get("n_parts")
+    if not isinstance(n_parts, int):
+        raise StorageError(f"{folder / 'run.json'} is not the record of a score run; point --scores at one")
+    finished = finished_parts(folder, n_parts)
+    missing = n_parts - len(finished)
+    if missing and not (partial and finished):
+        raise StorageError(f"{folder} is unfinished: {missing} of {n_parts} parts missing; run `visgain score` again")
+    wanted = None if columns is None else list(dict.fromkeys(["row", *columns]))
+    tables = []
+    for index in sorted(finished):
+        path = part_path(folder, index, n_parts)
+        try:
+            tables.append(pq.read_table(path, columns=wanted))
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(f"cannot read {path}: {error}; delete it and run `visgain score` again") from error
+    table = pa.concat_tables(tables)
+    order = np.argsort(table.column("row").to_numpy(), kind="stable")
+    table = table.take(pa.array(order))
+    return table if columns is None else table.select(list(columns))
+
+
+def write_skipped(folder: Path, scores: pa.Table) -> int:
+    """Write skipped.jsonl (row, id, reason) from a score table; returns the number of skipped rows."""
+    skipped = scores.filter(scores.column("skip_reason").is_valid()).select(["row", "id", "skip_reason"])
+    lines = [
+        json.dumps({"row": row["row"], "id": row["id"], "reason": row["skip_reason"]}, ensure_ascii=False)
+        for row in skipped.to_pylist()
+    ]
+    write_text(folder / "skipped.jsonl", "".join(line + "\n" for line in lines))
+    return len(lines)
+
+
+def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """Length of each list of a list column: int64 [rows]."""
+    return np.asarray(pc.list_value_length(column).to_numpy(), dtype=np.int64)
+
+
+def flat_values(column: pa.ChunkedArray) -> np.ndarray:
+    """All values of a list column, one after another, in row order."""
+    return np.asarray(pc.list_flatten(column).to_numpy())
+
+
+# ---------------------------------------------------------------- selections
+
+
+def write_selection(folder: Path, table: pa.Table, record: Mapping[str, Any]) -> None:
+    """Write selection.parquet (SELECTION_SCHEMA) and, last, selection.json."""
+    with atomic_path(folder / "selection.parquet") as temporary:
+        pq.write_table(table.cast(SELECTION_SCHEMA), temporary, compression="zstd")
+    write_json(folder / "selection.json", record)
+
+
+def read_selection_table(folder: Path) -> pa.Table:
+    """The kept rows with token ids and keep masks, in SELECTION_SCHEMA."""
+    read_json(folder / "selection.json", "selection")
+    path = folder / "selection.parquet"
+    try:
+        return pq.read_table(path, schema=SELECTION_SCHEMA)
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {path}: {error}; run `visgain select` again") from error
+
+
+def read_selection(folder: Path) -> Selection:
+    """The selection as one object."""
+    record = read_json(folder / "selection.json", "selection")
+    table = read_selection_table(folder)
+    bounds = np.cumsum(list_lengths(table.column("keep")))[:-1]
+    keep = np.split(flat_values(table.column("keep")).astype(bool), bounds) if len(table) else []
+
+    def number(key: str) -> float:
+        return float("nan") if record[key] is None else float(record[key])
+
+    return Selection(
+        tau=number("tau"),
+        token_tau=number("token_tau"),
+        keep_percent=float(record["keep_percent"]),
+        rows=np.asarray(table.column("row").to_numpy(), dtype=np.int64),
+        keep=tuple(keep),
+    )
