@@ -80,7 +80,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            os.replace(temporary, path)
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -156,9 +156,8 @@ def _score_row(record: TokenScores | Skipped) -> dict[str, Any]:
         "n_images": record.n_images,
     }
     if isinstance(record, Skipped):
-        empty: dict[str, Any] = dict.fromkeys(
-            ("token_id", "turn", "char_start", "char_end", "nll_seen", "nll_blind"), []
-        )
+        lists = ("token_id", "turn", "char_start", "char_end", "nll_seen", "nll_blind")
+        empty: dict[str, Any] = {name: [] for name in lists}
         counts = {"n_image_tokens": 0, "n_prompt_tokens": 0, "truncated": False}
         return {**shared, **counts, **empty, "skip_reason": record.reason, "gain": None}
     return {

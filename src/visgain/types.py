@@ -1,8 +1,8 @@
 """The words of the project as types: what a sample is, what a model family makes of it, what is measured on it.
 
-Frozen, keyword-only, and without behaviour beyond derived properties. Array comments give shape and dtype; `T` is the
-length of the encoded sequence and `A` the number of its answer tokens. NLLs are float32 nats: gain is a small difference
-of nearly equal numbers, and 16 bits are not enough to subtract in.
+Frozen, keyword-only, and without behaviour beyond derived properties. In shapes, `T` is the length of the encoded
+sequence and `A` the number of its answer tokens. NLLs are float32 nats: gain is a small difference of nearly equal
+numbers, and 16 bits are not enough to subtract in.
 """
 
 from __future__ import annotations

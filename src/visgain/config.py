@@ -1,0 +1,236 @@
+"""One frozen dataclass for each verb of the command line: a field is a flag, its docstring the help, its name the YAML key.
+
+Imports nothing heavy, so that `visgain --help` is instant. Nouns mean the same in every verb. Values are checked in
+`__post_init__`, so that a YAML file, a flag and a Python caller meet the same rules and the same message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from visgain.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Where to read, what to measure, and how."""
+
+    model: str
+    """Model folder or hub name; `embedded` is the small model that ships with visgain."""
+    data: Path
+    """LLaVA-format dataset (.json or .jsonl)."""
+    out: Path
+    """Folder for the scores; the same command resumes there."""
+    image_root: Path | None = None
+    """Folder that the dataset's image paths are relative to [default: the dataset's folder]."""
+    counterfactual: str = "blur"
+    """What replaces the real image: blur, mean, noise, shuffle, swap or none, with options as in blur:sigma=0.1."""
+    template: Literal["auto", "chat", "llava-1.5", "llava-1.5-align"] = "auto"
+    """Conversation template and image preparation; auto takes the processor's chat template if it can."""
+    max_length: int = 2048
+    """Longest sequence in tokens, image tokens included; longer samples are cut at the end and flagged."""
+    end_of_turn: Literal["score", "ignore"] = "score"
+    """Whether each answer's end-of-turn token counts as an answer token."""
+    seed: int = 0
+    """Seed of counterfactuals that draw random numbers."""
+    batch_tokens: int = 4096
+    """Padded tokens in one forward pass."""
+    part_rows: int = 512
+    """Rows in one part: what an interruption can lose."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model's weights; log-probabilities are float32 always."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+    max_pixels: int = 100_000_000
+    """Refuse to decode larger pictures (decompression bombs)."""
+    follow_links: bool = False
+    """Allow symbolic links in the image folder to lead out of it."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    limit: int | None = None
+    """Only the first rows of the dataset."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 8, f"--max-length is {self.max_length}; it must be at least 8 tokens")
+        _require(self.batch_tokens >= 1, f"--batch-tokens is {self.batch_tokens}; it must be positive")
+        _require(self.part_rows >= 1, f"--part-rows is {self.part_rows}; it must be positive")
+        _require(self.max_pixels >= 1, f"--max-pixels is {self.max_pixels}; it must be positive")
+        _require(self.limit is None or self.limit >= 1, f"--limit is {self.limit}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Which samples and tokens to train on."""
+
+    scores: Path
+    """Folder that `visgain score` wrote."""
+    out: Path
+    """Folder for the selection."""
+    keep: float = 70.0
+    """Percent of the multimodal samples to keep, above 0 and up to 100."""
+    by: str = "sample+token"
+    """The rule: sample+token (the paper's), sample, token, random, or column:NAME."""
+    keep_tokens: float | None = None
+    """Percent of the kept samples' answer tokens to keep, by a threshold of their own [default: one tau for both]."""
+    table: Path | None = None
+    """For column:NAME, a parquet, csv or jsonl file with the columns row and NAME [default: a column of the scores]."""
+    end_of_turn: Literal["select", "keep", "drop"] = "select"
+    """Treat end-of-turn tokens like any other, or always keep or always drop them."""
+    skipped: Literal["drop", "error"] = "drop"
+    """Rows that could not be scored: leave them out and report them, or refuse."""
+    seed: int = 0
+    """Seed of the random rule."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.keep <= 100, f"--keep is {self.keep}; it must be above 0 and at most 100 percent")
+        if self.keep_tokens is not None:
+            _require(
+                0 < self.keep_tokens <= 100, f"--keep-tokens is {self.keep_tokens}; it must be above 0 to 100 percent"
+            )
+        known = ("sample+token", "sample", "token", "random")
+        _require(
+            self.by in known or (self.by.startswith("column:") and len(self.by) > len("column:")),
+            f"--by is {self.by!r}; it must be one of {', '.join(known)} or column:NAME",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What to train, on what, and how. Values left out come from the recipe."""
+
+    model: str
+    """Model folder or hub name to start from."""
+    data: Path
+    """The dataset that was scored."""
+    out: Path
+    """Folder for checkpoints and the trained model; the same command resumes there."""
+    selection: Path | None = None
+    """Folder that `visgain select` wrote; without it every answer token carries loss."""
+    image_root: Path | None = None
+    """Folder that the dataset's image paths are relative to [default: the dataset's folder]."""
+    recipe: str = "tune"
+    """Name of a recipe that ships with visgain, or a YAML file."""
+    parts: tuple[Literal["vision", "projector", "language"], ...] | None = None
+    """Parts of the model to train; the others are frozen."""
+    lora_rank: int | None = None
+    """Train low-rank adapters of this rank on the language part instead of its weights."""
+    epochs: float | None = None
+    """Passes over the selected rows."""
+    max_steps: int | None = None
+    """Optimiser steps; overrides the epochs, so that arms of different size can train equally long."""
+    learning_rate: float | None = None
+    """Peak learning rate."""
+    batch_size: int | None = None
+    """Rows in one optimiser step, on all devices together."""
+    micro_batch: int | None = None
+    """Rows in one forward pass on one device."""
+    loss_reduction: Literal["global", "micro-batch"] | None = None
+    """Mean over the active tokens of the whole optimiser step, or of each micro-batch and then over those."""
+    template: Literal["auto", "chat", "llava-1.5", "llava-1.5-align"] = "auto"
+    """Conversation template and image preparation; must be the one that was scored with."""
+    max_length: int = 2048
+    """Longest sequence in tokens, image tokens included."""
+    save_steps: int | None = None
+    """Optimiser steps between checkpoints to resume from."""
+    seed: int = 0
+    """Seed of the data order and of everything drawn."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward pass; weights and optimiser are float32."""
+    device: str = "auto"
+    """cpu or auto, which takes the GPUs there are."""
+    report_to: tuple[str, ...] = ()
+    """Experiment trackers of the Hugging Face Trainer, e.g. tensorboard."""
+    max_pixels: int = 100_000_000
+    """Refuse to decode larger pictures (decompression bombs)."""
+    follow_links: bool = False
+    """Allow symbolic links in the image folder to lead out of it."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        for name in ("lora_rank", "max_steps", "batch_size", "micro_batch", "save_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What to show in one self-contained HTML file."""
+
+    scores: Path
+    """Folder that `visgain score` wrote."""
+    out: Path = Path("report.html")
+    """The HTML file."""
+    selection: Path | None = None
+    """Folder that `visgain select` wrote, to show what was kept."""
+    data: Path | None = None
+    """The dataset, if it moved since it was scored."""
+    image_root: Path | None = None
+    """The image folder, if it moved since the dataset was scored."""
+    truth: Path | None = None
+    """Ground truth of the embedded world (truth.jsonl), for the ROC curve [default: beside the dataset]."""
+    results: Path | None = None
+    """demo.json of a demo run, to show its table of arms."""
+    samples: int = 24
+    """Samples to show with their pictures."""
+
+    def __post_init__(self) -> None:
+        _require(self.samples >= 0, f"--samples is {self.samples}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Where the scores are."""
+
+    scores: Path
+    """Folder that `visgain score` wrote."""
+    data: Path | None = None
+    """The dataset, if it moved since it was scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Size of the demonstration on the embedded world."""
+
+    out: Path = Path("visgain-demo")
+    """Folder for everything the demo makes."""
+    seed: int = 0
+    """Seed of the world and of the training."""
+    rows: int = 2000
+    """Training conversations."""
+    test_rows: int = 400
+    """Questions of the bias-breaking test."""
+    steps: int = 150
+    """Optimiser steps of each arm."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "test_rows", "steps"):
+            value = getattr(self, name)
+            _require(value >= 8, f"--{name.replace('_', '-')} is {value}; it must be at least 8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """What to draw."""
+
+    out: Path
+    """Folder for data.json, truth.jsonl and images/."""
+    split: Literal["align", "train", "test"] = "train"
+    """align: captions and plain questions, no priors; train: conversations that follow the priors; test: break them."""
+    rows: int = 2000
+    """Conversations to draw."""
+    bias: float | None = None
+    """Language bias from 1 (priors always hold) over 0 (independent) to -1 (always broken) [default: the split's]."""
+    seed: int = 0
+    """Seed of pictures and texts."""
+
+    def __post_init__(self) -> None:
+        _require(self.rows >= 1, f"--rows is {self.rows}; it must be positive")
+        _require(self.bias is None or -1 <= self.bias <= 1, f"--bias is {self.bias}; it must lie between -1 and 1")
