@@ -1,0 +1,1 @@
+"""What the scores say: measured against ground truth, word classes and perturbations."""
