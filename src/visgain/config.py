@@ -1,4 +1,4 @@
-"""One frozen dataclass for each verb of the command line: a field is a flag, its docstring the help, its name the YAML key.
+"""One frozen dataclass for each verb of the command line: a field is a flag, its docstring the help, its name the key.
 
 Imports nothing heavy, so that `visgain --help` is instant. Nouns mean the same in every verb. Values are checked in
 `__post_init__`, so that a YAML file, a flag and a Python caller meet the same rules and the same message.
@@ -99,6 +99,15 @@ class SelectConfig:
             self.by in known or (self.by.startswith("column:") and len(self.by) > len("column:")),
             f"--by is {self.by!r}; it must be one of {', '.join(known)} or column:NAME",
         )
+        _require(
+            self.keep_tokens is None or self.by in ("sample+token", "token"),
+            f"--keep-tokens does not go with --by {self.by}, which sets no threshold on tokens; use --by sample+token",
+        )
+        _require(
+            self.table is None or self.by.startswith("column:"),
+            f"--table does not go with --by {self.by}; use --by column:NAME",
+        )
+        _require(self.seed >= 0, f"--seed is {self.seed}; it must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

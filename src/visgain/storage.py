@@ -56,6 +56,9 @@ SELECTION_SCHEMA = pa.schema(
 )
 """One row for every kept row of the dataset. The k-th supervised label must be token_id[k]; it is active if keep[k]."""
 
+_CHUNK_ROWS = 1 << 13
+"""Rows in one chunk of a list column that we build: bounds both its number of values and the memory of sorting it."""
+
 _PART_NAME = re.compile(r"part-(\d{5})-of-(\d{5})\.parquet")
 
 
@@ -216,20 +219,51 @@ def read_scores(folder: Path, columns: Sequence[str] | None = None, *, partial: 
         raise StorageError(f"{folder / 'run.json'} is not the record of a score run; point --scores at one")
     finished = finished_parts(folder, n_parts)
     missing = n_parts - len(finished)
-    if missing and not (partial and finished):
+    if not finished or (missing and not partial):
         raise StorageError(f"{folder} is unfinished: {missing} of {n_parts} parts missing; run `visgain score` again")
-    wanted = None if columns is None else list(dict.fromkeys(["row", *columns]))
-    tables = []
-    for index in sorted(finished):
-        path = part_path(folder, index, n_parts)
-        try:
-            tables.append(pq.read_table(path, columns=wanted))
-        except (OSError, pa.ArrowException) as error:
-            raise StorageError(f"cannot read {path}: {error}; delete it and run `visgain score` again") from error
-    table = pa.concat_tables(tables)
+    paths = [part_path(folder, index, n_parts) for index in sorted(finished)]
+    names = list(SCORE_SCHEMA.names if columns is None else columns)
+    lists = [name for name in names if pa.types.is_list(SCORE_SCHEMA.field(name).type)]
+    table = _read_parts(paths, list(dict.fromkeys(["row", *(name for name in names if name not in lists)])))
     order = np.argsort(table.column("row").to_numpy(), kind="stable")
-    table = table.take(pa.array(order))
-    return table if columns is None else table.select(list(columns))
+    sorted_columns = {name: table.column(name).take(pa.array(order)) for name in table.column_names}
+    for name in lists:  # one at a time, which takes as long and 40% less memory than all at once
+        sorted_columns[name] = _reordered_lists(*_read_lists(paths, name), order)
+    schema = pa.schema([SCORE_SCHEMA.field(name) for name in names])
+    return pa.table([sorted_columns[name] for name in names], schema=schema)
+
+
+def _read_parts(paths: Sequence[Path], columns: list[str]) -> pa.Table:
+    return pa.concat_tables([_read_part(path, columns) for path in paths])
+
+
+def _read_part(path: Path, columns: list[str]) -> pa.Table:
+    """One part as it lies on disk. Raises StorageError if it is damaged or lacks one of the columns."""
+    try:
+        with pq.ParquetFile(path) as file:  # pq.read_table costs several times as much for a small file
+            return file.read(columns=columns).select(columns)
+    except KeyError as error:
+        raise StorageError(f"{path} is not a score part of this version: {error.args[0]}") from error
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {path}: {error}; delete it and run `visgain score` again") from error
+
+
+def _read_lists(paths: Sequence[Path], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A list column of several parts, in the order of the parts: flat values and lengths."""
+    column = _read_parts(paths, [name]).column(name)
+    return flat_values(column), list_lengths(column)
+
+
+def _reordered_lists(values: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> pa.ChunkedArray:
+    """The lists at the positions `order` (int64). Arrow's `take` would hold an index of 8 bytes for every value."""
+    first = np.cumsum(lengths) - lengths
+    chunks: list[pa.Array] = []
+    for start in range(0, len(order), _CHUNK_ROWS):
+        rows = order[start : start + _CHUNK_ROWS]
+        length = lengths[rows]
+        index = np.arange(length.sum()) + np.repeat(first[rows] - (np.cumsum(length) - length), length)
+        chunks += list_column(values[index], length).chunks
+    return pa.chunked_array(chunks, type=pa.list_(pa.from_numpy_dtype(values.dtype)))
 
 
 def write_skipped(folder: Path, scores: pa.Table) -> int:
@@ -253,11 +287,28 @@ def flat_values(column: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(pc.list_flatten(column).to_numpy())
 
 
+def list_column(values: np.ndarray, lengths: np.ndarray) -> pa.ChunkedArray:
+    """A list column from its flat values and the length of each list: what flat_values and list_lengths take apart.
+
+    In chunks of rows, because one chunk cannot hold 2**31 values.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    bounds = np.concatenate([np.zeros(1, np.int64), ends])
+    chunks = []
+    for start in range(0, len(lengths), _CHUNK_ROWS):
+        offsets = bounds[start : start + _CHUNK_ROWS + 1]
+        flat = pa.array(values[offsets[0] : offsets[-1]])
+        chunks.append(pa.ListArray.from_arrays(pa.array(offsets - offsets[0], pa.int32()), flat))
+    return pa.chunked_array(chunks, type=pa.list_(pa.from_numpy_dtype(values.dtype)))
+
+
 # ---------------------------------------------------------------- selections
 
 
 def write_selection(folder: Path, table: pa.Table, record: Mapping[str, Any]) -> None:
-    """Write selection.parquet (SELECTION_SCHEMA) and, last, selection.json."""
+    """Write selection.parquet (SELECTION_SCHEMA) and, last, selection.json: without it there is no selection."""
+    with storage_errors(folder):
+        (folder / "selection.json").unlink(missing_ok=True)  # else an old record could describe a new table
     with atomic_path(folder / "selection.parquet") as temporary:
         pq.write_table(table.cast(SELECTION_SCHEMA), temporary, compression="zstd")
     write_json(folder / "selection.json", record)
