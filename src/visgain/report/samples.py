@@ -1,0 +1,310 @@
+"""Which samples to show, and each as the page draws it: pictures, turns, and answers cut into coloured tokens."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64
+from PIL import Image
+
+from visgain.counterfactuals import Counterfactual, parse_counterfactual
+from visgain.data import Dataset
+from visgain.errors import ImageError
+from visgain.report.shade import strength
+from visgain.report.source import RowTokens
+from visgain.report.words import visible
+from visgain.types import IMAGE_MARK, Sample
+
+THUMBNAIL = 260  # pixels on the longer side
+MOST_PICTURES = 6  # of one sample
+OPEN_ANSWERS = 4  # of one sample; the rest folds away
+
+
+# ---------------------------------------------------------------- choosing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Samples that were chosen for one reason, as indices into the rows."""
+
+    title: str
+    note: str
+    chosen: tuple[int, ...]
+
+
+def choose(
+    gain: Float[np.ndarray, " R"], source: np.ndarray, count: int, middle: float, middle_name: str
+) -> list[Group]:
+    """About `count` scored rows that tell most: both ends, around the `middle`, and the typical one of each source.
+
+    Deterministic, no row twice. The ends take at most a third of their samples from one source, if others are left:
+    they would otherwise show the one source with the shortest answers.
+    """
+    scored = np.flatnonzero(~np.isnan(gain))
+    taken: set[int] = set()
+
+    def take(order: np.ndarray, n: int, per_source: int) -> tuple[int, ...]:
+        chosen = _first(order, source, n, per_source, taken)
+        taken.update(chosen)
+        return tuple(chosen)
+
+    quarter = -(-count // 4)
+    rising = scored[np.argsort(gain[scored], kind="stable")]
+    nearest = scored[np.argsort(np.abs(gain[scored] - middle), kind="stable")]
+    most = max(1, -(-quarter // 3))
+    highest = take(rising[::-1], min(quarter, count), most)
+    lowest = take(rising, min(quarter, count - len(taken)), most)
+    around = take(nearest, min(quarter, count - len(taken)), most)
+    typical = take(_typical(gain, source, scored), count - len(taken), count)
+    around = tuple(sorted(around, key=lambda index: (-gain[index], index)))
+    groups = [
+        Group(title="Highest gain", note="The image told the model most.", chosen=highest),
+        Group(title=f"Around {middle_name}", note=f"Nearest to a gain of {signed(middle)}.", chosen=around),
+        Group(title="Lowest gain", note="The answer was as likely, or likelier, without the image.", chosen=lowest),
+        Group(title="Typical of their source", note="Nearest to the median gain of each source.", chosen=typical),
+    ]
+    return [group for group in groups if group.chosen]
+
+
+def _first(order: np.ndarray, source: np.ndarray, n: int, per_source: int, taken: set[int]) -> list[int]:
+    """The first `n` of `order` that are not taken, with at most `per_source` of one source unless that is too few."""
+    free = [index for index in order.tolist() if index not in taken]
+    used: dict[str, int] = {}
+    chosen: list[int] = []
+    for index in free:
+        if len(chosen) == n:
+            break
+        if used.get(source[index], 0) < per_source:
+            used[source[index]] = used.get(source[index], 0) + 1
+            chosen.append(index)
+    rest = (index for index in free if index not in set(chosen))
+    filled = {*chosen, *(index for index, _ in zip(rest, range(n - len(chosen)), strict=False))}
+    return [index for index in free if index in filled]
+
+
+def _typical(gain: np.ndarray, source: np.ndarray, scored: np.ndarray) -> Int64[np.ndarray, " S"]:
+    """Scored rows by closeness to their source's median, one of each source in turn, large sources first."""
+    names, codes, sizes = np.unique(source[scored].astype(str), return_inverse=True, return_counts=True)
+    rank = np.empty(len(scored), dtype=np.int64)
+    for code in range(len(names)):
+        here = np.flatnonzero(codes == code)
+        distance = np.abs(gain[scored[here]] - np.median(gain[scored[here]]))
+        rank[here[np.argsort(distance, kind="stable")]] = np.arange(len(here))
+    return np.asarray(scored[np.lexsort((scored, codes, -sizes[codes], rank))])
+
+
+# ---------------------------------------------------------------- drawing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A stretch of a text: a scored token, or characters that no token covers."""
+
+    text: str
+    kind: str  # gap, token, blank (`text` is a mark for characters without ink) or end (of the turn)
+    title: str = ""
+    tone: str = ""  # up, down or "" (uncoloured)
+    alpha: float = 0.0
+    dropped: bool = False  # carries no loss under the selection
+    lead: str = ""  # blanks in front, left uncoloured
+    tail: str = ""  # the same behind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """What the user said, and the answer."""
+
+    asked: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    seen: str  # data URI; "" where it could not be made
+    blind: str
+    problem: str = ""
+    aspect: float = 1.0  # width over height
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One sample as the page shows it."""
+
+    row: int
+    id: str
+    source: str
+    gain: float
+    n_tokens: int
+    n_active: int | None  # None without a selection
+    truncated: bool
+    pictures: tuple[Picture, ...]
+    n_more_pictures: int
+    exchanges: tuple[Exchange, ...]
+    more: tuple[Exchange, ...]  # folded away
+
+    @property
+    def wide(self) -> bool:
+        """Whether the picture and its counterfactual stand better below each other."""
+        return len(self.pictures) == 1 and self.pictures[0].aspect > 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blinder:
+    """Makes again the blind picture of a sample, or for a random counterfactual one like it."""
+
+    change: Counterfactual
+    seed: int
+    dataset: Dataset
+    rows: Sequence[int]  # rows with images, to borrow from
+
+    @staticmethod
+    def of(spec: str, seed: int, dataset: Dataset, rows: Sequence[int]) -> Blinder:
+        return Blinder(change=parse_counterfactual(spec), seed=seed, dataset=dataset, rows=rows)
+
+    def blind(self, image: Image.Image, row: int) -> Image.Image:
+        return self.change(image, rng=np.random.default_rng([self.seed, row]), other=lambda: self._other(row, image))
+
+    def _other(self, row: int, image: Image.Image) -> Image.Image:
+        """The first image of the next row that has a readable one; without any, the image itself."""
+        start = int(np.searchsorted(self.rows, row, side="right"))
+        for step in range(min(len(self.rows), 20)):
+            other = self.rows[(start + step) % len(self.rows)]
+            sample = self.dataset[int(other)]
+            if other == row or not isinstance(sample, Sample) or not sample.images:
+                continue
+            try:
+                return sample.images[0].open()
+            except ImageError:
+                continue
+        return image
+
+
+def draw_card(
+    sample: Sample, tokens: RowTokens, mask: Bool[np.ndarray, " A"] | None, limit: float, blinder: Blinder
+) -> Card:
+    """`mask`: the tokens that keep their loss, None without a selection. `limit`: the gain that takes full colour."""
+    exchanges = tuple(_exchanges(sample, tokens, mask, limit))
+    return Card(
+        row=sample.row,
+        id=sample.id,
+        source=sample.source,
+        gain=float(tokens.gain.mean(dtype=np.float64)),
+        n_tokens=len(tokens.gain),
+        n_active=None if mask is None else int(mask.sum()),
+        truncated=tokens.truncated,
+        pictures=tuple(_pictures(sample, blinder)),
+        n_more_pictures=max(0, len(sample.images) - MOST_PICTURES),
+        exchanges=exchanges[:OPEN_ANSWERS],
+        more=exchanges[OPEN_ANSWERS:],
+    )
+
+
+def _pictures(sample: Sample, blinder: Blinder) -> Iterator[Picture]:
+    for reference in sample.images[:MOST_PICTURES]:
+        try:
+            image = reference.open()
+            yield Picture(
+                seen=data_uri(image),
+                blind=data_uri(blinder.blind(image, sample.row)),
+                aspect=image.width / image.height,
+            )
+        except ImageError as error:
+            yield Picture(seen="", blind="", problem=str(error))
+
+
+def data_uri(image: Image.Image) -> str:
+    """A thumbnail of the image as a data URI: PNG where that is smaller (drawings), else JPEG."""
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    png, jpeg = io.BytesIO(), io.BytesIO()
+    small.save(png, "PNG", optimize=True)
+    small.save(jpeg, "JPEG", quality=82)
+    kind, data = min(("png", png.getvalue()), ("jpeg", jpeg.getvalue()), key=lambda choice: len(choice[1]))
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _exchanges(sample: Sample, tokens: RowTokens, mask: np.ndarray | None, limit: float) -> Iterator[Exchange]:
+    """Every answer with what was said before it."""
+    asked: list[str] = []
+    answer = n_images = 0
+    for turn in sample.turns:
+        if turn.role != "assistant":
+            text, n_images = number_images(turn.text, n_images, len(sample.images))
+            asked.append(text)
+            continue
+        pieces = answer_pieces(turn.text, tokens, answer, mask, limit)
+        yield Exchange(asked="\n".join(asked), pieces=tuple(pieces))
+        asked, answer = [], answer + 1
+
+
+def number_images(text: str, before: int, total: int) -> tuple[str, int]:
+    """The text with its image marks numbered (left out where the sample has one image), and the marks up to here."""
+    parts = text.split(IMAGE_MARK)
+    count = before + len(parts) - 1
+    if total <= 1:
+        return " ".join(part.strip() for part in parts if part.strip()), count
+    marked = [f"[image {before + k}]{part}" for k, part in enumerate(parts[1:], start=1)]
+    return (parts[0] + "".join(marked)).strip(), count
+
+
+def answer_pieces(
+    text: str, tokens: RowTokens, answer: int, mask: Bool[np.ndarray, " A"] | None, limit: float
+) -> Iterator[Piece]:
+    """The row's answer `answer`, which reads `text`, as tokens and gaps in order; no character is lost or repeated."""
+    here = tokens.of_answer(answer)
+    keep = np.ones(len(here), dtype=bool) if mask is None else mask
+    columns = (column[here].tolist() for column in (tokens.chars, tokens.seen, tokens.blind, keep))
+    cursor = 0
+    for (start, end), seen, blind, kept in zip(*columns, strict=True):
+        if start > cursor:
+            yield Piece(text=text[cursor:start], kind="gap")
+            cursor = start
+        own = text[cursor:end]
+        cursor = max(cursor, end)
+        yield _token_piece(own, is_end=start >= len(text), seen=seen, blind=blind, kept=kept, limit=limit)
+    if cursor < len(text):
+        yield Piece(text=text[cursor:], kind="gap")
+
+
+def _token_piece(own: str, *, is_end: bool, seen: float, blind: float, kept: bool, limit: float) -> Piece:
+    """`own`: the characters that are this token's and no earlier one's."""
+    share = strength(blind - seen, limit)
+    kind, lead, ink, tail = _inked(own, is_end)
+    return Piece(
+        text=ink,
+        kind=kind,
+        title=describe(seen=seen, blind=blind),
+        tone="up" if share > 0 else "down" if share < 0 else "",
+        alpha=round(abs(share), 2),
+        dropped=not kept,
+        lead=lead,
+        tail=tail,
+    )
+
+
+def _inked(own: str, is_end: bool) -> tuple[str, str, str, str]:
+    """Kind of piece, and its text cut into blanks in front, what takes the colour, and blanks behind."""
+    if is_end:
+        return "end", "", "⏎", ""
+    core = own.strip()
+    if core:
+        lead = own[: len(own) - len(own.lstrip())]
+        return "token", lead, core, own[len(lead) + len(core) :]
+    if own.strip(" "):
+        return "blank", "", visible(own), own  # a mark, then the line break itself
+    return ("blank", "", own, "") if own else ("blank", "", "·", "")  # part of a character already shown
+
+
+def describe(*, seen: float, blind: float) -> str:
+    """The three numbers of a token in one line."""
+    return f"gain {signed(blind - seen)} · blind {blind:.2f} · seen {seen:.2f}"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number with its sign, a true minus, and no sign at zero."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")

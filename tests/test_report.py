@@ -1,0 +1,409 @@
+"""The HTML report: self-contained, escaped, deterministic, and right in its numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiny_run import EVIL, records, token_spans, write_dataset, write_scores, write_selection
+from visgain.config import ReportConfig
+from visgain.errors import DataError, StorageError
+from visgain.report import figures, samples, words
+from visgain.report.counts import kept_by_source, summary
+from visgain.report.html import compact, duration, percent, write_report
+from visgain.report.results import format_metric, read_results
+from visgain.report.shade import colour_limit, strength
+from visgain.report.source import RowTokens, read_kept, read_overview
+
+VOID = {"meta", "link", "img", "br", "path", "rect", "line"}
+
+
+class Balance(HTMLParser):
+    """Checks that tags nest, and collects the text and the attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.attributes = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def run(tmp_path):
+    data = write_dataset(tmp_path / "data")
+    scored = write_scores(tmp_path / "scores", data)
+    gains = [row.mean_gain for row in scored if len(row.nll_seen)]
+    write_selection(tmp_path / "selection", scored, tau=float(np.quantile(gains, 0.3)))
+    return tmp_path
+
+
+def report(folder, name="report.html", **options):
+    return write_report(ReportConfig(scores=folder / "scores", out=folder / name, **options))
+
+
+def parsed(path):
+    parser = Balance()
+    parser.feed(path.read_text(encoding="utf-8"))
+    assert parser.open == []
+    return parser
+
+
+def text_of(path):
+    return re.sub(r"\s+", " ", "".join(parsed(path).text))
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_the_report_needs_nothing_beside_it_and_escapes_the_dataset(run):
+    html = report(run, selection=run / "selection").read_text(encoding="utf-8")
+    assert re.findall(r"https?://[^\s\"'<]*", html) == []
+    assert "<script>alert" not in html
+    assert "<b>Q</b>" not in html
+    assert "tiny &lt;model&gt;" in html
+    page = parsed(run / "report.html")
+    loads = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action")]
+    assert all(value.startswith("data:") for value in loads)
+    assert sum(value.startswith("data:image/") for value in loads) >= 20
+
+
+def test_every_character_of_an_answer_is_shown(run):
+    shown = text_of(report(run))
+    for answer in ("A red ball on the grass.⏎", EVIL + "⏎", "Yes⏎"):
+        assert answer in shown
+    assert "[image 1] [image 2] Compare [bold]them[/bold]." in shown
+
+
+def test_the_same_input_gives_the_same_bytes(run):
+    options = {"selection": run / "selection"}
+    assert report(run, "a.html", **options).read_bytes() == report(run, "b.html", **options).read_bytes()
+
+
+def test_tau_is_drawn_and_dropped_tokens_are_marked_only_with_a_selection(run):
+    tau = json.loads((run / "selection" / "selection.json").read_text())["tau"]
+    with_selection = report(run, selection=run / "selection").read_text(encoding="utf-8")
+    assert f"τ = {samples.signed(tau)}" in with_selection
+    assert "(no loss)" in with_selection
+    assert "not kept" in with_selection
+    without = report(run).read_text(encoding="utf-8")
+    assert "τ" not in without
+    assert "(no loss)" not in without
+
+
+def test_skipped_rows_are_reported_with_their_reason(run):
+    assert "image coco/gone.png does not exist (row 11)" in text_of(report(run))
+
+
+def test_a_dataset_that_is_gone_costs_words_and_samples_and_is_said(run):
+    (run / "data").rename(run / "moved")
+    shown = text_of(report(run))
+    assert "--data" in shown
+    assert "Gain by source" in shown
+    assert "Highest gain" not in shown
+    assert "Highest gain" in text_of(report(run, data=run / "moved" / "data.json"))
+    with pytest.raises(DataError, match="--data"):
+        report(run, data=run / "nowhere.json")
+
+
+def test_a_picture_that_is_gone_is_said_in_its_place(run):
+    (run / "data" / "coco" / "0.png").unlink()
+    assert "This picture cannot be shown" in text_of(report(run))
+
+
+def test_a_changed_dataset_is_refused(run):
+    rows = records()
+    rows[2]["conversations"][1]["value"] += " Really."
+    (run / "data" / "data.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"changed since it was scored \(row 2\)"):
+        report(run)
+    (run / "data" / "data.json").write_text(json.dumps(records()[:2]))
+    with pytest.raises(DataError, match="changed since it was scored"):
+        report(run)
+
+
+def test_a_selection_of_other_scores_is_refused(run, tmp_path):
+    other = write_scores(tmp_path / "other", run / "data" / "data.json")
+    foreign = [row for row in other if row.row != 3]
+    object.__setattr__(foreign[0], "fingerprint", 77)
+    write_selection(tmp_path / "foreign", foreign, tau=-9.0)
+    with pytest.raises(DataError, match=r"not made from these scores \(row 0\)"):
+        report(run, selection=tmp_path / "foreign")
+
+
+def test_a_folder_without_scores_is_refused(tmp_path):
+    with pytest.raises(StorageError, match="scores"):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize("counterfactual", ["swap", "noise", "none"])
+def test_every_kind_of_counterfactual_can_be_drawn_again(tmp_path, counterfactual):
+    data = write_dataset(tmp_path / "data")
+    write_scores(tmp_path / "scores", data, counterfactual)
+    first = report(tmp_path, "a.html", samples=4).read_bytes()
+    assert first.count(b"<figcaption>blind") >= 3
+    assert first == report(tmp_path, "b.html", samples=4).read_bytes()
+
+
+def test_no_samples_asked_none_shown(run):
+    assert "Highest gain" not in text_of(report(run, samples=0))
+
+
+def test_truth_beside_the_dataset_draws_the_roc_curve(run):
+    assert "area under the curve" not in text_of(report(run))
+    visual = [re.finditer("red|blue|green", row["conversations"][1]["value"]) for row in records()]
+    spans = [[list(match.span()) for match in matches] for matches in visual]
+    lines = [json.dumps({"row": row, "answers": [words, []]}) for row, words in enumerate(spans)]
+    (run / "data" / "truth.jsonl").write_text("\n".join(lines))
+    assert "area under the curve" in text_of(report(run))
+    with pytest.raises(DataError, match="elsewhere"):
+        report(run, truth=run / "elsewhere.jsonl")
+
+
+def test_truth_without_any_visual_token_is_refused_only_when_asked_for(run):
+    path = run / "data" / "truth.jsonl"
+    path.write_text("\n".join(json.dumps({"row": k, "answers": [[], []]}) for k in range(11)))
+    assert "area under the curve" not in text_of(report(run))
+    with pytest.raises(DataError, match="--truth"):
+        report(run, truth=path)
+
+
+# ---------------------------------------------------------------- results of a demo
+
+
+def test_the_best_cell_of_each_column_is_marked_whichever_arm_it_is(tmp_path):
+    path = tmp_path / "demo.json"
+    arms = [
+        {"name": "aligned", "metrics": {"a": 0.5, "h": 0.1}, "active_tokens": 0},
+        {"name": "all", "metrics": {"a": 0.7004, "h": 0.3}, "active_tokens": 90},
+        {"name": "gain", "metrics": {"a": 0.7001, "h": None}, "active_tokens": 60, "rows": 7},
+    ]
+    metrics = [
+        {"key": "a", "label": "accuracy", "better": "higher", "format": ".1%"},
+        {"key": "h", "label": "hallucinated", "better": "lower"},
+    ]
+    path.write_text(json.dumps({"arms": arms, "metrics": metrics}))
+    results = read_results(path)
+    assert [[cell.best for cell in arm.cells] for arm in results.arms] == [[False, True], [True, False], [True, False]]
+    assert [cell.text for cell in results.arms[2].cells] == ["70.0%", "–"]
+    assert results.arms[2].active_share == pytest.approx(2 / 3)
+    assert results.has("rows")
+    assert not results.has("steps")
+
+
+def test_results_appear_in_the_report_and_tolerate_missing_keys(run):
+    path = run / "demo.json"
+    path.write_text(json.dumps({"arms": [{"name": "<i>arm</i>", "metrics": {"acc": 0.25}}]}))
+    shown = text_of(report(run, results=path))
+    assert "<i>arm</i>" in shown
+    assert "0.25" in shown
+
+
+@pytest.mark.parametrize("content", ["[]", '{"arms": [{}]}', '{"arms": 3}'])
+def test_results_of_another_shape_are_refused(tmp_path, content):
+    path = tmp_path / "demo.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match="--results"):
+        read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "spec", "text"),
+    [
+        (0.1234, ".1%", "12.3%"),
+        (0.1234, "{:.2f}", "0.12"),
+        (0.5, "percent", "50.0%"),
+        (-1.5, ".1f", "−1.5"),
+        (12.0, ",d", "12"),
+        (0.123456, "99999999f", "0.123"),
+        (None, ".1f", "–"),
+    ],
+)
+def test_metric_formats(value, spec, text):
+    assert format_metric(value, spec) == text
+
+
+# ---------------------------------------------------------------- counts
+
+
+def test_counts_add_up(run):
+    rows = read_overview(run / "scores")
+    kept = read_kept(run / "selection", rows)
+    head = summary(rows, kept)
+    assert (head.n_rows, head.n_scored, head.n_text, head.n_skipped) == (12, 10, 1, 1)
+    total, *sources = kept_by_source(rows, kept)
+    for name in ("rows_before", "rows_after", "tokens_before", "tokens_after"):
+        assert getattr(total, name) == sum(getattr(source, name) for source in sources)
+    assert (total.rows_after, total.tokens_after) == (head.kept_rows, head.kept_tokens)
+    text = next(source for source in sources if source.text_only)
+    assert (text.rows_after, text.tokens_after) == (text.rows_before, text.tokens_before)
+
+
+def test_mean_gain_per_token_weighs_samples_by_length(tmp_path):
+    scored = write_scores(tmp_path / "scores", write_dataset(tmp_path / "data"))
+    head = summary(read_overview(tmp_path / "scores"), None)
+    gains = [row.gain for row in scored if len(row.nll_seen)]
+    assert head.token_gain == pytest.approx(np.concatenate(gains).mean(), abs=1e-6)
+    assert head.sample_gain == pytest.approx(np.mean([gain.mean() for gain in gains]), abs=1e-6)
+
+
+# ---------------------------------------------------------------- words
+
+
+def naive_words(text, spans, gains):
+    """Every maximal run of ink without the signs at its ends, with the gains of all tokens that share a letter."""
+    for match in re.finditer(r"\S+", text):
+        start, end = match.span()
+        while start < end and not (text[start].isalnum() or text[start] == "_"):
+            start += 1
+        while end > start and not (text[end - 1].isalnum() or text[end - 1] == "_"):
+            end -= 1
+        if start < end:
+            own = [gain for (s, e), gain in zip(spans, gains, strict=True) if s < end and e > start]
+            yield text[start:end].lower(), sum(own)
+
+
+@given(st.text(alphabet="abC 9.,-_'\n", max_size=30))
+def test_word_gains_equal_the_naive_sums(text):
+    spans = token_spans(text)
+    gains = np.arange(1, len(spans) + 1, dtype=np.float32)
+    chars = np.array(spans, dtype=np.int32)
+    assert list(words.word_gains(text, chars, gains)) == list(naive_words(text, spans, gains.tolist()))
+
+
+def test_words_beyond_the_cut_are_left_out():
+    chars = np.array([[0, 3], [3, 6]], dtype=np.int32)
+    assert list(words.word_gains("red balloon", chars, np.array([1, 2], dtype=np.float32))) == [("red", 1.0)]
+
+
+def test_token_gains_name_the_end_of_turn_and_show_blanks():
+    chars = np.array([[0, 3], [3, 4], [4, 8], [6, 6], [8, 8]], dtype=np.int32)
+    gains = np.ones(5, dtype=np.float32)
+    labels = [label for label, _ in words.token_gains("red\n box", chars, gains)]
+    assert labels == ["red", "↵", "box", words.END_OF_TURN]
+
+
+def test_tally_counts_means_and_applies_the_threshold():
+    tally = words.Tally()
+    tally.add([("a", 1.0), ("b", -2.0), ("a", 3.0), ("c", 9.0)])
+    assert [(item.label, item.mean, item.count) for item in tally.means(2)] == [("a", 2.0, 2)]
+    assert [item.label for item in tally.means(1)] == ["c", "a", "b"]
+    assert words.min_count(10) == 1 < words.min_count(20_000) == 11
+
+
+@given(st.integers(0, 9), st.integers(1, 6))
+def test_extremes_never_show_a_label_twice(n_labels, count):
+    means = [words.Mean(label=str(k), mean=-k, count=1) for k in range(n_labels)]
+    highest, lowest = words.extremes(means, count)
+    labels = [item.label for item in (*highest, *lowest)]
+    assert len(labels) == len(set(labels)) == min(n_labels, 2 * count)
+    assert highest == means[: len(highest)]
+
+
+# ---------------------------------------------------------------- answers in pieces
+
+
+@given(
+    st.text(alphabet="ab \n🎈", max_size=12),
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=8),
+)
+def test_pieces_spell_the_answer_whatever_the_spans(text, pairs):
+    spans = sorted((min(s, e, len(text)), min(max(s, e), len(text))) for s, e in pairs)
+    n = len(spans)
+    tokens = RowTokens(
+        row=0,
+        fingerprint=0,
+        truncated=False,
+        turn=np.zeros(n, dtype=np.int32),
+        chars=np.array(spans, dtype=np.int32).reshape(-1, 2),
+        seen=np.zeros(n, dtype=np.float32),
+        blind=np.ones(n, dtype=np.float32),
+    )
+    pieces = list(samples.answer_pieces(text, tokens, 0, None, 1.0))
+    spelled = [
+        piece.lead + (piece.text if piece.kind in ("gap", "token") or not piece.text.strip() else "") + piece.tail
+        for piece in pieces
+    ]
+    assert "".join(spelled) == text
+    assert sum(piece.kind != "gap" for piece in pieces) == n
+
+
+# ---------------------------------------------------------------- choosing and drawing
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.floats(-5, 5) | st.just(float("nan"))), max_size=40),
+    st.integers(0, 30),
+)
+def test_choice_of_samples_is_as_many_as_asked_and_none_twice(rows, count):
+    source = np.array([name for name, _ in rows], dtype=object)
+    gain = np.array([value for _, value in rows], dtype=np.float64)
+    groups = samples.choose(gain, source, count, 0.0, "tau")
+    chosen = [index for group in groups for index in group.chosen]
+    assert len(chosen) == len(set(chosen)) == min(count, int((~np.isnan(gain)).sum()))
+    assert not np.isnan(gain[chosen]).any()
+
+
+def test_the_ends_are_not_all_of_one_source():
+    source = np.array(["short"] * 50 + ["long"] * 50 + ["other"] * 50, dtype=object)
+    gain = np.concatenate([np.linspace(5, 9, 50), np.linspace(0, 1, 50), np.linspace(-1, 0, 50)])
+    highest = samples.choose(gain, source, 24, 0.5, "tau")[0]
+    assert len({source[index] for index in highest.chosen}) == 3
+    assert gain[highest.chosen[0]] == 9
+
+
+def test_wide_runs_of_sources_are_merged_and_few_samples_are_drawn_one_by_one():
+    rng = np.random.default_rng(0)
+    groups = [(f"s{k}", rng.normal(k / 10, 1, 30 + k)) for k in range(40)] + [("tiny", np.array([0.5, 1.5]))]
+    axis = figures.make_axis(np.concatenate([gains for _, gains in groups]))
+    drawn = figures.ridges(groups, axis, 0.25, most=10)
+    assert drawn[0].whole
+    assert len(drawn) == 11
+    assert sum(ridge.n for ridge in drawn[1:]) == drawn[0].n
+    tiny = figures.ridge("tiny", np.array([0.5, 1.5]), axis, 1.0)
+    assert (tiny.below, tiny.above, len(tiny.rug), tiny.share_above) == ("", "", 2, 0.5)
+
+
+@pytest.mark.parametrize("gains", [np.zeros(50), np.full(50, 3.0), np.array([1e-9]), np.array([-1e6, 1e6] * 20)])
+def test_degenerate_gains_can_be_drawn(gains):
+    axis = figures.make_axis(gains)
+    ridge = figures.ridge("x", gains, axis, 0.0)
+    assert "nan" not in ridge.below + ridge.above
+    assert 0 <= axis.at(ridge.median) <= 100
+    assert len(axis.ticks) >= 2
+
+
+def test_axis_shows_zero_and_tau():
+    axis = figures.make_axis(np.linspace(5, 6, 100), include=(0.0, 9.0))
+    assert axis.low < 0 < 9 < axis.high
+    assert "0" in [tick.label for tick in axis.ticks]
+
+
+def test_colour_strength_is_symmetric_and_faint_gains_stay_uncoloured():
+    assert strength(1.0, 2.0) == -strength(-1.0, 2.0) == 0.5
+    assert strength(9.0, 2.0) == 1.0
+    assert strength(0.01, 2.0) == 0.0
+    assert colour_limit(np.zeros(0, dtype=np.float32)) == 0.5
+    assert colour_limit(np.full(9, -2.2, dtype=np.float32)) == 2.5
+
+
+def test_numbers_as_people_read_them():
+    assert [percent(share) for share in (0.0, 0.042, 0.42, 0.974, 1.0)] == ["0%", "4.2%", "42%", "97.4%", "100%"]
+    assert [compact(value) for value in (999_999, 58_610_000, 999_999_999)] == ["999,999", "58.6M", "999,999,999"]
+    assert [duration(s) for s in (0.25, 59.2, 80, 3600, 7500)] == ["0.25 s", "59.2 s", "1 min 20 s", "1 h", "2 h 5 min"]
+    assert [samples.signed(value) for value in (-0.001, 1.5, -2.0)] == ["0.00", "+1.50", "−2.00"]
