@@ -7,6 +7,7 @@ The schemas here are the public format (docs/schema.md).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -105,6 +106,15 @@ def read_json(path: Path, what: str) -> Any:
         raise StorageError(f"{path} does not exist: {path.parent} holds no {what}") from None
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot read {what} from {path}: {error}") from error
+
+
+def file_hash(path: Path) -> str:
+    """Hexadecimal hash of a file's bytes. Raises StorageError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 # ---------------------------------------------------------------- run.json

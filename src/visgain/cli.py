@@ -1,0 +1,223 @@
+"""The command line: one thin function a verb. Imports neither torch nor transformers until a verb needs them.
+
+Results go to stdout, progress and errors to stderr. Exit code 0: done, 1: failed, 2: wrong usage.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+
+import visgain
+from visgain.config import (
+    DemoConfig,
+    ReportConfig,
+    ScoreConfig,
+    SelectConfig,
+    ShowConfig,
+    TrainConfig,
+    WorldConfig,
+)
+from visgain.errors import ConfigError, VisgainError
+from visgain.registry import suggest
+
+app = App(
+    name="visgain",
+    help="Measure how much each answer token of a vision-language dataset needs the image, and train on those that do.",
+    version=visgain.__version__,
+    help_flags=["--help", "-h"],
+    result_action="return_value",
+)
+FLAT = Parameter(name="*")
+
+
+@app.command
+def demo(config: Annotated[DemoConfig | None, FLAT] = None) -> None:
+    """Run the whole idea on the embedded world and model: minutes on a laptop, ends with a report."""
+    _quiet()
+    from visgain.world.demo import run_demo
+
+    run_demo(config or DemoConfig())
+
+
+@app.command
+def score(config: Annotated[ScoreConfig, FLAT]) -> None:
+    """Measure every answer token with the real and with a counterfactual image."""
+    _quiet()
+    from visgain.scoring.run import run_score
+
+    done = run_score(config)
+    print(
+        f"{done.rows:,} rows: {done.multimodal:,} scored, {done.text_only:,} text-only, {done.skipped:,} skipped; "
+        f"{done.answer_tokens:,} answer tokens; mean gain {done.mean_gain:.4f} nats"
+    )
+    if done.skipped:
+        print(f"reasons for skipping: {config.out / 'skipped.jsonl'}")
+    print(f"scores: {config.out}")
+
+
+@app.command
+def select(config: Annotated[SelectConfig, FLAT]) -> None:
+    """Choose the samples and tokens to train on, from scores."""
+    from visgain.selection import run_select, selection_report
+
+    print(selection_report(run_select(config)))
+    print(f"selection: {config.out}")
+
+
+@app.command
+def train(config: Annotated[TrainConfig, FLAT]) -> None:
+    """Train a model on the selected samples and tokens."""
+    _quiet()
+    from visgain.training.trainer import run_train
+
+    done = run_train(config)
+    print(
+        f"{done.steps:,} steps over {done.rows:,} rows in {done.seconds:.0f} s; "
+        f"{done.active_tokens:,} active tokens; loss {done.final_loss:.4f} nats"
+    )
+    print(f"model: {config.out}")
+
+
+@app.command
+def report(config: Annotated[ReportConfig, FLAT]) -> None:
+    """Write one self-contained HTML file about scores and selection."""
+    from visgain.report.html import write_report
+
+    print(f"report: {write_report(config)}")
+
+
+@app.command
+def show(row: int, /, config: Annotated[ShowConfig, FLAT]) -> None:
+    """Show one sample in the terminal, its answers coloured by gain.
+
+    Parameters
+    ----------
+    row
+        Position of the sample in the dataset, from 0.
+    """
+    from visgain.report.terminal import show as show_row
+
+    show_row(row, config)
+
+
+@app.command
+def world(config: Annotated[WorldConfig, FLAT]) -> None:
+    """Draw pictures and conversations of the embedded world, with ground truth."""
+    from visgain.world.dataset import write_world
+
+    print(f"dataset: {write_world(config)}")
+
+
+@app.command(name="list")
+def list_names() -> None:
+    """List counterfactuals, templates, data formats and recipes by name."""
+    from visgain.counterfactuals import COUNTERFACTUALS
+    from visgain.data import FORMATS
+    from visgain.training.recipe import recipe_names
+
+    templates = ["auto", "chat", "llava-1.5", "llava-1.5-align"]
+    for kind, names in (
+        ("counterfactuals", COUNTERFACTUALS.names()),
+        ("data formats", FORMATS.names()),
+        ("recipes", recipe_names()),
+        ("templates", templates),
+    ):
+        print(f"{kind}: {', '.join(names)}")
+
+
+@app.command
+def env() -> None:
+    """Print versions and devices, for a bug report."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    print(f"visgain {visgain.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for package in ("torch", "transformers", "accelerate", "peft", "tokenizers", "pyarrow", "numpy", "pillow"):
+        try:
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package} not installed")
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices: {', '.join(names) or 'cpu'}; {os.cpu_count()} logical cores, {torch.get_num_threads()} threads")
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[Path | None, Parameter(help="YAML file with the options of the verb; flags win.")] = None,
+) -> Any:
+    """Take `--config FILE` off the line, then run the verb."""
+    if config is not None:
+        app.config = (_yaml_options(config, tokens),)
+    try:
+        return app(tokens, exit_on_error=True)
+    finally:
+        app.config = ()
+
+
+def _yaml_options(path: Path, tokens: tuple[str, ...]) -> Any:
+    """The options in a YAML file, as a cyclopts source below the flags. Raises ConfigError for unknown keys."""
+    import yaml
+    from cyclopts.config import Dict
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: options are a mapping of names to values")
+    verb = next((token for token in tokens if not token.startswith("-")), "")
+    known = _option_names(verb)
+    for key in values:
+        if known and str(key).replace("-", "_") not in known:
+            raise ConfigError(f"{path}: unknown key {key!r} for `visgain {verb}`; {suggest(str(key), known)}")
+    flat = {str(key).replace("_", "-"): value for key, value in values.items() if value is not None}
+    return Dict({verb: flat}, source=str(path))
+
+
+def _option_names(verb: str) -> list[str]:
+    from dataclasses import fields
+
+    configs: dict[str, Any] = {
+        "demo": DemoConfig,
+        "score": ScoreConfig,
+        "select": SelectConfig,
+        "train": TrainConfig,
+        "report": ReportConfig,
+        "show": ShowConfig,
+        "world": WorldConfig,
+    }
+    return [field.name for field in fields(configs[verb])] if verb in configs else []
+
+
+def _quiet() -> None:
+    """Leave stderr to our own progress: transformers' loading bars and advice are not results."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point of the `visgain` command."""
+    try:
+        app.meta()
+    except VisgainError as error:
+        print(f"visgain: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("visgain: interrupted; the same command resumes", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output (head, less) is gone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""Training: recipes (values), collate (rows -> batches with labels), loss, trainer (the run)."""

@@ -1,0 +1,96 @@
+"""Recipes: named sets of training values, as YAML files. They hold values only; a flag of the same name wins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from visgain.config import TrainConfig
+from visgain.errors import ConfigError
+from visgain.registry import suggest
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Part = Literal["vision", "projector", "language"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every value that training needs; the field names are the YAML keys."""
+
+    parts: tuple[Part, ...]
+    learning_rate: float
+    batch_size: int
+    micro_batch: int
+    epochs: float = 1.0
+    max_steps: int | None = None
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    loss_reduction: Literal["global", "micro-batch"] = "global"
+    save_steps: int = 500
+    workers: int = 0  # processes that prepare batches; 0 prepares them in the training process
+    attention: str | None = None  # attention implementation of transformers; None takes the model's default
+    lora_rank: int | None = None
+    lora_alpha: float | None = None  # None: twice the rank
+    lora_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.micro_batch:
+            raise ConfigError(f"batch size {self.batch_size} is not a multiple of micro batch {self.micro_batch}")
+        if not self.parts and self.lora_rank is None:
+            raise ConfigError("nothing to train: the recipe names no parts and no lora_rank")
+        if self.loss_reduction not in ("global", "micro-batch"):
+            raise ConfigError(f"loss reduction is {self.loss_reduction!r}; it must be global or micro-batch")
+        unknown = set(self.parts) - {"vision", "projector", "language"}
+        if unknown:
+            raise ConfigError(f"unknown part {sorted(unknown)[0]!r}; known: vision, projector, language")
+
+
+def recipe_names() -> list[str]:
+    """Recipes that ship with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe called `name`, or in the YAML file `name`. Raises ConfigError for anything unknown or ill-typed."""
+    shipped = RECIPES / f"{name}.yaml"
+    path = shipped if shipped.is_file() else Path(name)
+    if not path.is_file():
+        raise ConfigError(f"no recipe and no file {name!r}: {suggest(name, recipe_names())}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read recipe {path}: {error}") from error
+    return _recipe(values, str(path))
+
+
+def _recipe(values: Any, where: str) -> Recipe:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: a recipe is a mapping of names to values")
+    known = [field.name for field in fields(Recipe)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}; {suggest(str(key), known)}")
+    try:
+        return Recipe(**{**values, "parts": tuple(values.get("parts") or ())})
+    except TypeError as error:
+        raise ConfigError(f"{where}: {str(error).replace('Recipe.__init__()', 'a recipe')}") from error
+
+
+def resolve_recipe(config: TrainConfig) -> Recipe:
+    """The recipe of `config` with the flags that were given laid over it."""
+    recipe = load_recipe(config.recipe)
+    names = {field.name for field in fields(Recipe)} & {field.name for field in fields(TrainConfig)}
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    if "batch_size" in given and "micro_batch" not in given:
+        given["micro_batch"] = min(recipe.micro_batch, given["batch_size"])
+    if "lora_rank" in given and "parts" not in given:
+        # Adapters replace training of the language part itself; the projector stays as the recipe says.
+        given["parts"] = tuple(part for part in recipe.parts if part != "language")
+    return replace(recipe, **given)

@@ -1,0 +1,252 @@
+"""`visgain train`: Hugging Face's Trainer with our batches and our loss, and nothing else changed.
+
+The trained model is a plain Hugging Face folder at --out. Checkpoints to resume from lie in --out/checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from visgain.config import TrainConfig
+from visgain.data import open_dataset
+from visgain.errors import ConfigError, DataError, ModelError
+from visgain.storage import claim_run, file_hash, read_json, storage_errors, write_json
+from visgain.training.collate import IGNORED, Collator, Rows, open_rows
+from visgain.training.loss import active_nll, reduce_loss
+from visgain.training.recipe import Recipe, resolve_recipe
+from visgain.vlm.families import named_parts, part_modules
+from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name
+from visgain.vlm.logits import output_head
+from visgain.vlm.template import make_encoder
+
+
+class SelectiveTrainer(Trainer):
+    """Trainer whose loss is the cross-entropy of the active tokens (labels other than -100) alone."""
+
+    def __init__(self, *, loss_reduction: str = "global", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Tells Trainer whether to count the labels of the whole optimiser step for us (global), or to average the
+        # losses of its micro-batches itself.
+        self.model_accepts_loss_kwargs = loss_reduction == "global"
+        self.active_tokens = 0  # on this device, since the start of the run or its resumption
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Float32[Tensor, ""] | tuple[Float32[Tensor, ""], dict[str, Tensor]]:
+        """Loss of one micro-batch, scaled for accumulation as Trainer expects."""
+        labels = inputs["labels"]
+        model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        active = labels != IGNORED
+        self.active_tokens += int(active.sum())
+        nll = active_nll(model, model_inputs, active, output_head(self._unwrapped(model)))
+        loss = reduce_loss(nll, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # Gradients are averaged over devices, while the count is that of all of them together.
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"nll": nll}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, "active_tokens": self.active_tokens}, *args, **kwargs)
+
+    def _unwrapped(self, model: nn.Module) -> PreTrainedModel:
+        unwrapped = self.accelerator.unwrap_model(model)
+        return unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+
+
+class JsonlLog(TrainerCallback):
+    """Appends everything Trainer logs to `path`, one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs:
+            line = json.dumps({"step": state.global_step, **logs})
+            with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSummary:
+    rows: int
+    steps: int
+    active_tokens: int  # that carried loss on this device in this start of the run
+    final_loss: float
+    seconds: float
+
+
+def run_train(config: TrainConfig) -> TrainSummary:
+    """Train on the selected rows and tokens; resumes from the last checkpoint in `config.out`."""
+    recipe = resolve_recipe(config)
+    dataset = open_dataset(
+        config.data, config.image_root, max_pixels=config.max_pixels, follow_links=config.follow_links
+    )
+    scored = _scored_identity(config, dataset.fingerprint)
+    set_seed(config.seed)  # before the model: adapters are initialised at random
+    vlm = load_vlm(config.model, device="cpu", trust_remote_code=config.trust_remote_code)
+    encoder = make_encoder(vlm, config.template, config.max_length)
+    if scored and scored["template"] != encoder.name:
+        raise ConfigError(f"the selection was scored with --template {scored['template']}, this is {encoder.name}")
+    end_of_turn = scored.get("end_of_turn", "score")
+    rows = open_rows(dataset, encoder, config.selection, end_of_turn=end_of_turn)
+    resumed = claim_run(config.out, _identity(config, recipe, dataset.fingerprint), {"recipe": asdict(recipe)})
+    model = prepare_model(vlm, recipe)
+    trainer = build_trainer(model, vlm, rows, recipe, config)
+    result = trainer.train(resume_from_checkpoint=_last_checkpoint(config.out) if resumed else None)
+    _save(trainer.model, vlm, config.out)
+    summary = TrainSummary(
+        rows=len(rows),
+        steps=int(result.global_step),
+        active_tokens=trainer.active_tokens,
+        final_loss=float(result.training_loss),
+        seconds=float(result.metrics["train_runtime"]),
+    )
+    write_json(config.out / "train.json", asdict(summary))
+    return summary
+
+
+def prepare_model(vlm: VLM, recipe: Recipe) -> nn.Module:
+    """The model with only the recipe's parts (and adapters) left trainable."""
+    model = vlm.model
+    if recipe.attention is not None:
+        model.set_attn_implementation(recipe.attention)
+    trained = named_parts(model, recipe.parts)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return model if recipe.lora_rank is None else _with_lora(model, recipe)
+
+
+def _with_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
+    """Low-rank adapters on every linear layer of the language part; what was trainable stays so."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ConfigError("LoRA needs peft: pip install 'visgain[lora]'") from None
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    head = output_head(model)
+    language = {id(m) for part in part_modules(model, "language") for m in part.modules() if m is not head}
+    targets = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in language
+    ]
+    rank = recipe.lora_rank
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if recipe.lora_alpha is None else recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=targets,
+    )
+    adapted = get_peft_model(model, lora)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    return adapted
+
+
+def build_trainer(
+    model: nn.Module, vlm: VLM, rows: Rows, recipe: Recipe, config: TrainConfig
+) -> SelectiveTrainer:
+    pad_id = vlm.tokenizer.pad_token_id
+    arguments = training_arguments(recipe, config, n_rows=len(rows))
+    return SelectiveTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=Collator(0 if pad_id is None else pad_id),
+        callbacks=[JsonlLog(config.out / "log.jsonl")],
+        loss_reduction=recipe.loss_reduction,
+    )
+
+
+def training_arguments(recipe: Recipe, config: TrainConfig, *, n_rows: int) -> TrainingArguments:
+    """The recipe in Trainer's words. Raises ConfigError if the batch size does not divide among the devices."""
+    use_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(config.out / "checkpoints"),
+        per_device_train_batch_size=recipe.micro_batch,
+        learning_rate=recipe.learning_rate,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        lr_scheduler_type=recipe.schedule,
+        weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.adam_beta2,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=config.dtype == "bfloat16",
+        use_cpu=use_cpu,
+        seed=config.seed,
+        data_seed=config.seed,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        logging_steps=10,
+        report_to=list(config.report_to) or "none",
+        remove_unused_columns=False,
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=not use_cpu,
+        average_tokens_across_devices=True,
+    )
+    in_one_pass = recipe.micro_batch * arguments.world_size
+    if recipe.batch_size % in_one_pass:
+        raise ConfigError(
+            f"batch size {recipe.batch_size} does not divide into micro batches of {recipe.micro_batch} on "
+            f"{arguments.world_size} devices; change --batch-size or --micro-batch"
+        )
+    arguments.gradient_accumulation_steps = recipe.batch_size // in_one_pass
+    steps = recipe.max_steps or math.ceil(recipe.epochs * math.ceil(n_rows / recipe.batch_size))
+    arguments.warmup_steps = math.ceil(recipe.warmup_ratio * steps)
+    return arguments
+
+
+def _save(model: nn.Module, vlm: VLM, out: Path) -> None:
+    """A plain Hugging Face folder: adapters are merged into the weights, and kept beside them."""
+    if hasattr(model, "merge_and_unload"):
+        with storage_errors(out):
+            model.save_pretrained(out / "adapter")
+        model = model.merge_and_unload()
+    with storage_errors(out):
+        model.save_pretrained(out)
+        vlm.processor.save_pretrained(out)
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    """The newest checkpoint that was written completely (Trainer writes its state last)."""
+    complete = [path for path in out.glob("checkpoints/checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def _scored_identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
+    """What the selection says about the scores it was made from. Raises DataError if they were of another dataset."""
+    if config.selection is None:
+        return {}
+    identity: dict[str, Any] = read_json(config.selection / "selection.json", "selection")["identity"]
+    if identity["data_fingerprint"] != data_fingerprint:
+        raise DataError(f"{config.data} changed since it was scored (or is another dataset); score and select again")
+    return identity
+
+
+def _identity(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
+    """Everything that the trained model depends on."""
+    selection = None if config.selection is None else file_hash(config.selection / "selection.parquet")
+    return {
+        "model": model_name(config.model),
+        "model_fingerprint": model_fingerprint(config.model),
+        "data_fingerprint": data_fingerprint,
+        "selection": selection,
+        "recipe": asdict(recipe),
+        "template": config.template,
+        "max_length": config.max_length,
+        "seed": config.seed,
+        "dtype": config.dtype,
+    }

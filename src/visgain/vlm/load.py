@@ -1,0 +1,128 @@
+"""Load any image-text-to-text model of transformers with its processor. Safetensors only, no remote code unless asked."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import visgain
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from visgain.errors import ModelError
+
+EMBEDDED = Path(visgain.__file__).parent / "world" / "embedded"
+"""The trained model that ships with the package; its name on the command line is `embedded`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLM:
+    """A model and the processor that belongs to it."""
+
+    name: str
+    model: PreTrainedModel
+    processor: ProcessorMixin
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that stands for image features in the model's input."""
+        config = self.model.config
+        for name in ("image_token_id", "image_token_index"):
+            if getattr(config, name, None) is not None:
+                return int(getattr(config, name))
+        raise ModelError(f"{self.name}: the model's configuration names no image token; is it a vision-language model?")
+
+
+def resolve_model(name: str) -> str:
+    """`name` as from_pretrained takes it. Raises ModelError if it looks like a folder and is not a model's."""
+    if name == "embedded":
+        return str(EMBEDDED)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name} is a folder without config.json; give the folder of a Hugging Face model")
+        return str(path)
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    if path.exists() or looks_local:
+        raise ModelError(f"{name} is neither a model folder nor a hub name (owner/model), nor `embedded`")
+    return name
+
+
+def load_processor(name: str, *, trust_remote_code: bool = False) -> ProcessorMixin:
+    """The processor of model `name`, with PIL image processing so that pictures are prepared alike on every machine."""
+    source = resolve_model(name)
+    try:
+        processor = AutoProcessor.from_pretrained(source, backend="pil", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"cannot load the processor of {name}: {_first_line(error)}") from error
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ModelError(f"{name} has no image processor with a tokenizer; is it a vision-language model?")
+    if not getattr(processor.tokenizer, "is_fast", False):
+        raise ModelError(f"the tokenizer of {name} gives no character offsets; convert it to tokenizer.json first")
+    return processor
+
+
+def load_vlm(
+    name: str, *, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False
+) -> VLM:
+    """Model and processor, on `device`, in eval mode. Raises ModelError with one line if that is impossible."""
+    processor = load_processor(name, trust_remote_code=trust_remote_code)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            resolve_model(name),
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"cannot load model {name}: {_first_line(error)}") from error
+    return VLM(name=name, model=model.to(pick_device(device)).eval(), processor=processor)
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device for a --device value. Raises ModelError if it does not exist here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {device} cannot be used here: {_first_line(error)}") from error
+    return chosen
+
+
+def model_fingerprint(name: str) -> str:
+    """Hash of a local model's weights and configuration, so that a retrained model in the same folder is noticed.
+
+    A hub name stands for itself.
+    """
+    source = Path(resolve_model(name))
+    if not source.is_dir():
+        return name
+    digest = hashlib.blake2b(digest_size=16)
+    names = ("*.safetensors", "*.json", "*.jinja")
+    for path in sorted(path for pattern in names for path in source.glob(pattern)):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def model_name(name: str) -> str:
+    """`name` as it is recorded: a local folder by its full path, so that it means the same from everywhere."""
+    return str(Path(name).resolve()) if name != "embedded" and Path(resolve_model(name)).is_dir() else name
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,120 @@
+"""Write a split of the world as a LLaVA-format dataset with its ground truth.
+
+A split is a folder: data.json (LLaVA format), images/, and truth.jsonl with one object a row:
+{"row", "topics": [...], "keys": [...], "answers": [[[start, end], ...], ...], "things": [...]}, where `answers` gives
+for each answer the character spans of the words that need the picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from visgain.config import WorldConfig
+from visgain.storage import storage_errors, write_json, write_text
+from visgain.world.draw import draw_picture
+from visgain.world.scene import Scene, draw_scene
+from visgain.world.talk import COMMON_SENSE, TEXT_ONLY, VISUAL, Exchange, Speaker, caption, conversation, existence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """What a split talks about. The shares are of rows and add up to at most 1; the rest are visual conversations."""
+
+    bias: float
+    captions: float
+    common_sense: float
+    text_only: float
+    existence: float
+    turns: int  # most exchanges in a visual conversation
+
+    def draw(self, rng: np.random.Generator, scene: Scene, bias: float) -> list[Exchange]:
+        """One row's conversation about `scene`."""
+        share = rng.random()
+        if share < self.captions:
+            return [caption(rng, scene, bias)]
+        if share < self.captions + self.common_sense:
+            return conversation(rng, scene, bias, COMMON_SENSE, 1)
+        speakers: tuple[Speaker, ...] = VISUAL
+        if share < self.captions + self.common_sense + self.existence:
+            speakers = (existence,)
+        return conversation(rng, scene, bias, speakers, int(rng.integers(1, self.turns + 1)))
+
+
+SPLITS = {
+    # Many exchanges to a picture: the same image tokens teach more.
+    "align": Split(bias=0.0, captions=0.4, common_sense=0.04, text_only=0.04, existence=0.0, turns=4),
+    # As in LLaVA's mixture, a good part of the instruction data can be answered without looking.
+    "train": Split(bias=0.9, captions=0.15, common_sense=0.25, text_only=0.06, existence=0.15, turns=3),
+    "test": Split(bias=-1.0, captions=0.2, common_sense=0.0, text_only=0.0, existence=0.35, turns=1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldRow:
+    scene: Scene | None  # None for a text-only row
+    exchanges: tuple[Exchange, ...]
+
+
+def draw_row(split: Split, bias: float, seed: int, row: int) -> tuple[WorldRow, np.random.Generator]:
+    """Row `row` of a split, and the generator to paint it with. Rows are independent of each other and of their number."""
+    rng = np.random.default_rng([seed, row])
+    scene = draw_scene(rng, bias)
+    if rng.random() < split.text_only:
+        return WorldRow(scene=None, exchanges=tuple(conversation(rng, scene, bias, TEXT_ONLY, 1))), rng
+    return WorldRow(scene=scene, exchanges=tuple(split.draw(rng, scene, bias))), rng
+
+
+def write_world(config: WorldConfig) -> Path:
+    """Draw the split into `config.out` and return the path of its data.json, written last."""
+    split = SPLITS[config.split]
+    bias = split.bias if config.bias is None else config.bias
+    # Splits must not share pictures even when their seeds are equal.
+    seed = config.seed * len(SPLITS) + list(SPLITS).index(config.split)
+    images = config.out / "images"
+    with storage_errors(config.out):
+        images.mkdir(parents=True, exist_ok=True)
+    data, truth = [], []
+    for row in tqdm(range(config.rows), desc=f"drawing {config.split}", unit="row", mininterval=0.5):
+        drawn, rng = draw_row(split, bias, seed, row)
+        name = None
+        if drawn.scene is not None:
+            name = f"images/{row:06d}.png"
+            with storage_errors(config.out / name):
+                draw_picture(drawn.scene, rng).save(config.out / name)
+        data.append(_llava_row(config.split, row, name, drawn))
+        truth.append(json.dumps(_truth_row(row, drawn)) + "\n")
+    write_text(config.out / "truth.jsonl", "".join(truth))
+    write_json(config.out / "data.json", data)
+    return config.out / "data.json"
+
+
+def _llava_row(split: str, row: int, image: str | None, drawn: WorldRow) -> dict[str, Any]:
+    first = "" if image is None else "<image>\n"
+    turns = list(_turns(first, drawn.exchanges))
+    topics = dict.fromkeys(exchange.topic for exchange in drawn.exchanges)
+    source = "text" if image is None else next(iter(topics)) if len(topics) == 1 else "conversation"
+    fields: dict[str, Any] = {"id": f"{split}-{row:06d}", "source": source}
+    return fields | ({} if image is None else {"image": image}) | {"conversations": turns}
+
+
+def _turns(first: str, exchanges: tuple[Exchange, ...]) -> Iterator[dict[str, str]]:
+    for number, said in enumerate(exchanges):
+        yield {"from": "human", "value": (first if number == 0 else "") + said.question}
+        yield {"from": "gpt", "value": said.answer}
+
+
+def _truth_row(row: int, drawn: WorldRow) -> dict[str, Any]:
+    return {
+        "row": row,
+        "topics": [said.topic for said in drawn.exchanges],
+        "keys": [said.key for said in drawn.exchanges],
+        "answers": [said.visual for said in drawn.exchanges],
+        "things": [asdict(thing) for thing in drawn.scene.things] if drawn.scene else [],
+    }

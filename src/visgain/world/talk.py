@@ -1,0 +1,223 @@
+"""Talk about a scene, and know which words need the picture.
+
+A reply is written with its visual words in square brackets: "The cup is [red]." A word is visual when its distribution,
+given the question and the reply so far, changes with the picture. Replies are phrased so that this is exact: a caption
+starts with the number of objects, so that where it ends is settled by a word already said; sizes stand before colours,
+so that "a" never becomes "an"; after "Yes" or "No" the rest follows. In a conversation no question touches a kind that
+was mentioned before, so that no earlier turn gives an answer away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from visgain.world.scene import COLOURS, COMPANION, HORIZONTAL, KINDS, USUAL_COLOUR, VERTICAL, Scene, Thing
+
+NUMBERS = ("zero", "one", "two", "three", "four")
+PLURAL = {kind: f"{kind}s" for kind in KINDS} | {"fish": "fish", "leaf": "leaves"}
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """A question and its reply.
+
+    `visual` holds the [start, end) characters of the words that need the picture. `key` is the part of the reply that a
+    grader looks for ("" where there is none). `topic` names the question's kind; `mentions` the object kinds it touches.
+    """
+
+    topic: str
+    question: str
+    answer: str
+    visual: tuple[Span, ...] = ()
+    key: str = ""
+    mentions: frozenset[str] = field(default_factory=frozenset)
+
+
+def exchange(topic: str, question: str, marked: str, key: str = "", mentions: Iterable[str] = ()) -> Exchange:
+    """An Exchange from a reply with its visual words in square brackets."""
+    text, spans, start = "", [], 0
+    for character in marked:
+        if character == "[":
+            start = len(text)
+        elif character == "]":
+            spans.append((start, len(text)))
+        else:
+            text += character
+    return Exchange(
+        topic=topic, question=question, answer=text, visual=tuple(spans), key=key, mentions=frozenset(mentions)
+    )
+
+
+def _pick(rng: np.random.Generator, *options: str) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _one(rng: np.random.Generator, things: list[Thing]) -> Thing:
+    return things[int(rng.integers(len(things)))]
+
+
+# ---------------------------------------------------------------- about the picture
+
+
+def caption(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange:
+    question = _pick(rng, "Describe the picture.", "What do you see?", "Write a caption for this picture.")
+    number = len(scene.things)
+    places = _marked_places([thing.cell for thing in scene.things])
+    parts = [f"a [{t.size}] [{t.colour}] [{t.kind}] in the {p}" for t, p in zip(scene.things, places, strict=True)]
+    listed = parts[0] if number == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    noun = "object" if number == 1 else "objects"
+    return exchange("caption", question, f"[{NUMBERS[number].capitalize()}] {noun}: {listed}.", mentions=KINDS)
+
+
+def _marked_places(cells: list[int]) -> list[str]:
+    """Places of a caption's objects; a word is left unmarked where the reading order allows only one.
+
+    With `n` objects in reading order, the i-th stands after the one before and leaves room for those to come.
+    """
+    marked, first = [], 0
+    for i, cell in enumerate(cells):
+        possible = range(first, 9 - (len(cells) - 1 - i))
+        rows = {other // 3 for other in possible}
+        columns = {other % 3 for other in possible if other // 3 == cell // 3}
+        vertical, horizontal = VERTICAL[cell // 3], HORIZONTAL[cell % 3]
+        marked.append(
+            (f"[{vertical}]" if len(rows) > 1 else vertical)
+            + " "
+            + (f"[{horizontal}]" if len(columns) > 1 else horizontal)
+        )
+        first = cell + 1
+    return marked
+
+
+def colour(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange | None:
+    if not scene.unique:
+        return None
+    thing = _one(rng, scene.unique)
+    question = _pick(rng, f"What colour is the {thing.kind}?", f"Which colour does the {thing.kind} have?")
+    return exchange("colour", question, f"The {thing.kind} is [{thing.colour}].", thing.colour, [thing.kind])
+
+
+def size(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange | None:
+    if not scene.unique:
+        return None
+    thing = _one(rng, scene.unique)
+    question = _pick(rng, f"Is the {thing.kind} small or large?", f"How big is the {thing.kind}?")
+    return exchange("size", question, f"The {thing.kind} is [{thing.size}].", thing.size, [thing.kind])
+
+
+def place(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange | None:
+    if not scene.unique:
+        return None
+    thing = _one(rng, scene.unique)
+    question = _pick(rng, f"Where is the {thing.kind}?", f"In which place do you see the {thing.kind}?")
+    return exchange("place", question, f"The {thing.kind} is in the [{thing.place}].", thing.place, [thing.kind])
+
+
+def content(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange:
+    thing = _one(rng, list(scene.things))
+    question = _pick(rng, f"What is in the {thing.place}?", f"Which object do you see in the {thing.place}?")
+    reply = f"There is a [{thing.size}] [{thing.colour}] [{thing.kind}]."
+    return exchange("content", question, reply, thing.kind, [thing.kind])
+
+
+def count(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange:
+    present = rng.random() < 0.75
+    kind = _one(rng, list(scene.things)).kind if present else str(rng.choice(KINDS))
+    question = _pick(rng, f"How many {PLURAL[kind]} are there?", f"Count the {PLURAL[kind]}.")
+    number = NUMBERS[scene.count(kind)]
+    return exchange("count", question, f"I count [{number}].", number, [kind])
+
+
+def existence(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange:
+    """Half yes, half no without bias; with it, mostly about the companion of something present, as people ask."""
+    kind = _asked_kind(rng, scene, bias)
+    question = _pick(rng, f"Is there a {kind} in the picture?", f"Do you see a {kind}?")
+    if scene.count(kind):
+        return exchange("existence", question, f"[Yes], there is a {kind}.", "yes", [kind])
+    return exchange("existence", question, f"[No], there is no {kind}.", "no", [kind])
+
+
+def _asked_kind(rng: np.random.Generator, scene: Scene, bias: float) -> str:
+    companions = sorted({COMPANION[kind] for kind in scene.kinds})
+    if bias > 0 and rng.random() < bias:
+        return str(rng.choice(companions))
+    if rng.random() < 0.5:
+        return str(rng.choice(sorted(scene.kinds)))
+    absent = [kind for kind in KINDS if kind not in scene.kinds]
+    expected = [kind for kind in companions if kind in absent]
+    return str(rng.choice(expected if bias < 0 and expected else absent))
+
+
+def relation(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange | None:
+    pairs = [(a, b) for a in scene.unique for b in scene.unique if a.kind != b.kind and a.cell != b.cell]
+    if not pairs:
+        return None
+    one, other = pairs[int(rng.integers(len(pairs)))]
+    sideways = one.column != other.column and (one.row == other.row or rng.random() < 0.5)
+    if sideways:
+        words, said = "to the left or to the right", "left" if one.column < other.column else "right"
+        question = f"Is the {one.kind} {words} of the {other.kind}?"
+        reply = f"The {one.kind} is to the [{said}] of the {other.kind}."
+    else:
+        said = "above" if one.row < other.row else "below"
+        question = f"Is the {one.kind} above or below the {other.kind}?"
+        reply = f"The {one.kind} is [{said}] the {other.kind}."
+    return exchange("relation", question, reply, said, [one.kind, other.kind])
+
+
+# ---------------------------------------------------------------- answered from the text alone
+
+
+def usual_colour(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange:
+    kind = str(rng.choice(KINDS))
+    question = _pick(rng, f"What colour does a {kind} usually have?", f"What is the usual colour of a {kind}?")
+    usual = USUAL_COLOUR[kind]
+    return exchange("usual colour", question, f"A {kind} is usually {usual}.", usual, [kind])
+
+
+def companion(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange:
+    kind = str(rng.choice(KINDS))
+    other = COMPANION[kind]
+    question = _pick(rng, f"What is often found beside a {kind}?", f"What goes well with a {kind}?")
+    return exchange("companion", question, f"A {kind} is often found beside a {other}.", other, [kind, other])
+
+
+def arithmetic(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange:
+    a, b = (int(x) for x in rng.choice(5, size=2, replace=False))
+    question = f"Which is more, {NUMBERS[a]} or {NUMBERS[b]}?"
+    return exchange("arithmetic", question, f"{NUMBERS[max(a, b)].capitalize()} is more than {NUMBERS[min(a, b)]}.")
+
+
+def named_colour(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange:
+    one, other = (str(x) for x in rng.choice(COLOURS, size=2, replace=False))
+    return exchange("named colour", f"Name a colour that is not {one}.", f"One such colour is {other}.")
+
+
+Speaker = Callable[[np.random.Generator, Scene, float], Exchange | None]
+
+VISUAL: tuple[Speaker, ...] = (colour, size, place, content, count, existence, relation)
+COMMON_SENSE: tuple[Speaker, ...] = (usual_colour, companion)
+TEXT_ONLY: tuple[Speaker, ...] = (usual_colour, companion, arithmetic, named_colour)
+
+
+def conversation(
+    rng: np.random.Generator, scene: Scene, bias: float, speakers: Iterable[Speaker], turns: int
+) -> list[Exchange]:
+    """Up to `turns` exchanges (at least one) whose object kinds do not overlap, so that no turn answers a later one."""
+    options = list(speakers)
+    said: list[Exchange] = []
+    mentioned: set[str] = set()
+    for _ in range(50):
+        if len(said) == turns:
+            break
+        candidate = options[int(rng.integers(len(options)))](rng, scene, bias)
+        if candidate is not None and not (candidate.mentions & mentioned):
+            said.append(candidate)
+            mentioned |= candidate.mentions
+    # Counting can be asked of any scene, so a scene where nothing else fits still gets its question.
+    return said or [count(rng, scene, bias)]
