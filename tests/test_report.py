@@ -7,11 +7,14 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_run import EVIL, records, token_spans, write_dataset, write_scores, write_selection
+from visgain import storage
 from visgain.config import ReportConfig
 from visgain.errors import DataError, StorageError
 from visgain.report import figures, samples, words
@@ -144,6 +147,15 @@ def test_a_selection_of_other_scores_is_refused(run, tmp_path):
     write_selection(tmp_path / "foreign", foreign, tau=-9.0)
     with pytest.raises(DataError, match=r"not made from these scores \(row 0\)"):
         report(run, selection=tmp_path / "foreign")
+
+
+def test_a_gain_that_is_not_finite_is_refused(run):
+    path = storage.part_path(run / "scores", 0, 2)
+    table = pq.read_table(path)
+    gain = [float("nan"), *table.column("gain").to_pylist()[1:]]
+    storage.write_part(run / "scores", 0, 2, table.set_column(9, storage.SCORE_SCHEMA.field("gain"), pa.array(gain)))
+    with pytest.raises(StorageError, match="row 0"):
+        report(run)
 
 
 def test_a_folder_without_scores_is_refused(tmp_path):
@@ -308,7 +320,7 @@ def test_tally_counts_means_and_applies_the_threshold():
 
 @given(st.integers(0, 9), st.integers(1, 6))
 def test_extremes_never_show_a_label_twice(n_labels, count):
-    means = [words.Mean(label=str(k), mean=-k, count=1) for k in range(n_labels)]
+    means = [words.Mean(label=str(k), mean=-float(k), count=1) for k in range(n_labels)]
     highest, lowest = words.extremes(means, count)
     labels = [item.label for item in (*highest, *lowest)]
     assert len(labels) == len(set(labels)) == min(n_labels, 2 * count)

@@ -96,6 +96,7 @@ def ridges(
 
 def ridge(label: str, gains: Float[np.ndarray, " N"], axis: Axis, tau: float | None, *, whole: bool = False) -> Ridge:
     """The distribution of at least one gain."""
+    gains = gains.astype(np.float64)
     few = len(gains) < RUG_BELOW
     below, above = ("", "") if few else _density_paths(gains, axis, tau)
     return Ridge(

@@ -125,8 +125,8 @@ def _title(run: Mapping[str, Any]) -> str:
 
 
 def _gain_tau(kept: Kept | None) -> float | None:
-    """The threshold on sample gain, None where the rule has none or thresholds something else than gain."""
-    if kept is None or str(kept.record.get("rule", "")).startswith("column:"):
+    """The threshold on sample gain; None where the rule has none, or keeps samples for another reason."""
+    if kept is None or kept.record.get("rule") not in ("sample+token", "sample"):
         return None
     tau = kept.record.get("tau")
     return None if tau is None else float(tau)

@@ -47,6 +47,11 @@ class Results:
     seed: int | None
     seconds: tuple[tuple[str, float], ...]
 
+    @property
+    def has_start(self) -> bool:
+        """Whether an arm was not trained: what the others started from."""
+        return any(arm.active_tokens == 0 for arm in self.arms)
+
     def has(self, name: str) -> bool:
         """Whether any arm knows the value called `name`."""
         return any(getattr(arm, name) is not None for arm in self.arms)

@@ -101,9 +101,13 @@ def read_run(folder: Path) -> Mapping[str, Any]:
 
 
 def read_overview(folder: Path) -> Rows:
-    """Every row of a finished run, without its tokens."""
+    """Every row of a finished run, without its tokens. Raises StorageError if a gain is not a number."""
     columns = ["row", "fingerprint", "source", "skip_reason", "gain", "truncated", "token_id"]
     table = read_scores(folder, columns)
+    finite = pc.fill_null(pc.is_finite(table.column("gain")), True).to_numpy()
+    if not finite.all():
+        row = table.column("row").to_numpy()[np.flatnonzero(~finite)[0]]
+        raise StorageError(f"{folder}: the gain of row {row} is not a finite number; score again with --dtype float32")
     return Rows(
         row=table.column("row").to_numpy(),
         fingerprint=table.column("fingerprint").to_numpy(),
