@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import cyclopts
 from cyclopts import App, Parameter
 
 import visgain
@@ -100,6 +99,7 @@ def show(row: int, /, config: Annotated[ShowConfig, FLAT]) -> None:
     ----------
     row
         Position of the sample in the dataset, from 0.
+
     """
     from visgain.report.terminal import show as show_row
 

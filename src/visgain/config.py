@@ -231,8 +231,8 @@ class WorldConfig:
 
     out: Path
     """Folder for data.json, truth.jsonl and images/."""
-    split: Literal["align", "train", "test"] = "train"
-    """align: captions and plain questions, no priors; train: conversations that follow the priors; test: break them."""
+    split: Literal["easy", "align", "train", "test"] = "train"
+    """easy: one object, no priors; align: captions and questions, no priors; train: follows them; test: breaks them."""
     rows: int = 2000
     """Conversations to draw."""
     bias: float | None = None

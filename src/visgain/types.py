@@ -94,7 +94,8 @@ class Encoded:
 
     @property
     def token_id(self) -> Int64[np.ndarray, " A"]:
-        return self.input_ids[self.is_answer]
+        ids: np.ndarray = self.input_ids[self.is_answer]
+        return ids
 
     @property
     def n_prompt_tokens(self) -> int:
@@ -123,7 +124,8 @@ class TokenScores:
     @property
     def gain(self) -> Float32[np.ndarray, " N"]:
         """Visual Information Gain of each answer token, in nats: blind minus seen."""
-        return self.nll_blind - self.nll_seen
+        gain: np.ndarray = self.nll_blind - self.nll_seen
+        return gain
 
     @property
     def mean_gain(self) -> float:

@@ -7,7 +7,7 @@ depends on which rows share its batch (beyond float rounding), so a resumed run 
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -213,9 +213,7 @@ def open_scorer(config: ScoreConfig) -> Scorer:
     dataset = open_dataset(
         config.data, config.image_root, max_pixels=config.max_pixels, follow_links=config.follow_links
     )
-    vlm = load_vlm(
-        config.model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
-    )
+    vlm = load_vlm(config.model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
     encoder = make_encoder(vlm, config.template, config.max_length)
     return Scorer(dataset=dataset, vlm=vlm, encoder=encoder, counterfactual=counterfactual, config=config)
 
@@ -255,7 +253,7 @@ def _record_of(scorer: Scorer, n_rows: int, n_parts: int) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -272,4 +270,3 @@ def _summarise(folder: Path) -> ScoreSummary:
         answer_tokens=int(list_lengths(scores.column("token_id")).sum()),
         mean_gain=float(gain.mean()) if len(gain) else float("nan"),
     )
-

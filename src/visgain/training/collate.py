@@ -89,8 +89,8 @@ def _join(encoded: Encoded, chosen: dict[str, Any], row: int) -> np.ndarray:
     same = min(length, len(token_id))
     if not np.array_equal(encoded.token_id[:same], token_id[:same]) or (length != same and not encoded.truncated):
         raise DataError(
-            f"row {row}: answer tokens differ from those that were scored; train with the tokenizer, the --template and "
-            "the --max-length of the scores"
+            f"row {row}: answer tokens differ from those that were scored; train with the tokenizer, the --template "
+            "and the --max-length of the scores"
         )
     return np.pad(keep[:same], (0, length - same))
 

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from visgain.config import TrainConfig
 from visgain.data import open_dataset
-from visgain.errors import ConfigError, DataError, ModelError
+from visgain.errors import ConfigError, DataError
 from visgain.storage import claim_run, file_hash, read_json, storage_errors, write_json
 from visgain.training.collate import IGNORED, Collator, Rows, open_rows
 from visgain.training.loss import active_nll, reduce_loss
@@ -31,7 +30,7 @@ from visgain.vlm.logits import output_head
 from visgain.vlm.template import make_encoder
 
 
-class SelectiveTrainer(Trainer):
+class SelectiveTrainer(Trainer):  # type: ignore[misc]
     """Trainer whose loss is the cross-entropy of the active tokens (labels other than -100) alone."""
 
     def __init__(self, *, loss_reduction: str = "global", **kwargs: Any) -> None:
@@ -68,7 +67,7 @@ class SelectiveTrainer(Trainer):
         return unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
 
 
-class JsonlLog(TrainerCallback):
+class JsonlLog(TrainerCallback):  # type: ignore[misc]
     """Appends everything Trainer logs to `path`, one JSON object a line."""
 
     def __init__(self, path: Path) -> None:
@@ -120,7 +119,7 @@ def run_train(config: TrainConfig) -> TrainSummary:
     return summary
 
 
-def prepare_model(vlm: VLM, recipe: Recipe) -> nn.Module:
+def prepare_model(vlm: VLM, recipe: Recipe) -> Any:
     """The model with only the recipe's parts (and adapters) left trainable."""
     model = vlm.model
     if recipe.attention is not None:
@@ -128,10 +127,10 @@ def prepare_model(vlm: VLM, recipe: Recipe) -> nn.Module:
     trained = named_parts(model, recipe.parts)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
-    return model if recipe.lora_rank is None else _with_lora(model, recipe)
+    return model if recipe.lora_rank is None else _with_lora(model, recipe, recipe.lora_rank)
 
 
-def _with_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
+def _with_lora(model: PreTrainedModel, recipe: Recipe, rank: int) -> Any:
     """Low-rank adapters on every linear layer of the language part; what was trainable stays so."""
     try:
         from peft import LoraConfig, get_peft_model
@@ -143,7 +142,6 @@ def _with_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
     targets = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in language
     ]
-    rank = recipe.lora_rank
     lora = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if recipe.lora_alpha is None else recipe.lora_alpha,
@@ -156,9 +154,7 @@ def _with_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
     return adapted
 
 
-def build_trainer(
-    model: nn.Module, vlm: VLM, rows: Rows, recipe: Recipe, config: TrainConfig
-) -> SelectiveTrainer:
+def build_trainer(model: Any, vlm: VLM, rows: Rows, recipe: Recipe, config: TrainConfig) -> SelectiveTrainer:
     pad_id = vlm.tokenizer.pad_token_id
     arguments = training_arguments(recipe, config, n_rows=len(rows))
     return SelectiveTrainer(
@@ -209,7 +205,7 @@ def training_arguments(recipe: Recipe, config: TrainConfig, *, n_rows: int) -> T
     return arguments
 
 
-def _save(model: nn.Module, vlm: VLM, out: Path) -> None:
+def _save(model: Any, vlm: VLM, out: Path) -> None:
     """A plain Hugging Face folder: adapters are merged into the weights, and kept beside them."""
     if hasattr(model, "merge_and_unload"):
         with storage_errors(out):

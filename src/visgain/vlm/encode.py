@@ -13,6 +13,7 @@ order, are its answers, each with its end-of-turn.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,8 +33,11 @@ Span = tuple[int, int]
 class Encoder(Protocol):
     """What scoring, training and generation need of a template."""
 
-    name: str
-    processor: ProcessorMixin
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def processor(self) -> ProcessorMixin: ...
 
     def encode(self, sample: Sample, images: Sequence[Image]) -> Encoded:
         """The sample with `images` in place of its own, at most `max_length` tokens.
@@ -73,9 +77,7 @@ class ChatEncoder:
     @cached_property
     def marks_generation(self) -> bool:
         """Whether the chat template says itself which text the assistant generates."""
-        return "generation %}" in (self.processor.chat_template or "") or "generation -%}" in (
-            self.processor.chat_template or ""
-        )
+        return re.search(r"{%-?\s*generation\s*-?%}", self.processor.chat_template or "") is not None
 
     def ends_turns(self) -> bool:
         """Whether an answer's span goes on after its text, that is, whether the end of the turn is supervised."""
@@ -169,9 +171,7 @@ def _content(turn: Turn) -> Iterator[dict[str, str]]:
             yield {"type": "text", "text": piece}
 
 
-def align_expansion(
-    plain: np.ndarray, offsets: np.ndarray, expanded: np.ndarray, placeholders: set[int]
-) -> np.ndarray:
+def align_expansion(plain: np.ndarray, offsets: np.ndarray, expanded: np.ndarray, placeholders: set[int]) -> np.ndarray:
     """Character spans for `expanded`, which is `plain` with each placeholder replaced by some run of ids.
 
     `plain`: ids [P]; `offsets`: [P, 2]; `expanded`: ids [T]. Returns [T, 2]; ids of a run get their placeholder's span.

@@ -23,7 +23,7 @@ PART_PATHS = {
     ),
     "language": ("model.language_model", "model.text_model", "lm_head"),
 }
-"""Where transformers' models keep their parts; the first paths that exist count, except that language takes them all."""
+"""Where transformers' models keep their parts; every path that exists counts."""
 
 PROFILES = {"llava": "llava-1.5"}
 """Model type -> template to use where the processor's own does not supervise the end of a turn."""
@@ -38,7 +38,7 @@ def part_modules(model: PreTrainedModel, part: str) -> list[nn.Module]:
 
 
 def named_parts(model: PreTrainedModel, parts: Iterator[str] | tuple[str, ...]) -> set[int]:
-    """ids of the parameters that belong to any of `parts`.
+    """Ids of the parameters that belong to any of `parts`.
 
     A projector inside the vision tower (`visual.merger`) belongs to the projector alone.
     """

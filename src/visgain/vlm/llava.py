@@ -30,7 +30,7 @@ PAD_COLOUR = (122, 116, 104)
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaEncoder:
-    """Template "v1": `SYSTEM USER: <image>\\n{question} ASSISTANT: {answer}</s>USER: ...`, BOS in front.
+    r"""Template "v1": `SYSTEM USER: <image>\n{question} ASSISTANT: {answer}</s>USER: ...`, BOS in front.
 
     Supervised: from the first token of each answer through its `</s>`, in every turn.
     """

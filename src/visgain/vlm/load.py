@@ -1,4 +1,7 @@
-"""Load any image-text-to-text model of transformers with its processor. Safetensors only, no remote code unless asked."""
+"""Load any image-text-to-text model of transformers with its processor.
+
+Safetensors only, and no remote code unless asked for.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import visgain
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+import visgain
 from visgain.errors import ModelError
 
 EMBEDDED = Path(visgain.__file__).parent / "world" / "embedded"
@@ -72,9 +75,7 @@ def load_processor(name: str, *, trust_remote_code: bool = False) -> ProcessorMi
     return processor
 
 
-def load_vlm(
-    name: str, *, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False
-) -> VLM:
+def load_vlm(name: str, *, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False) -> VLM:
     """Model and processor, on `device`, in eval mode. Raises ModelError with one line if that is impossible."""
     processor = load_processor(name, trust_remote_code=trust_remote_code)
     try:

@@ -38,7 +38,8 @@ def answer_logits(
     n_wanted = int(predicting.sum())
     if logits.shape[-2] != n_wanted:
         raise ModelError(f"{type(model).__name__} does not take logits at chosen positions; please report this model")
-    return logits.reshape(n_wanted, -1).float()
+    result: Tensor = logits.reshape(n_wanted, -1).float()
+    return result
 
 
 def token_nll(logits: Float32[Tensor, "N V"], targets: Int64[Tensor, " N"]) -> Float32[Tensor, " N"]:

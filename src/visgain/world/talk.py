@@ -26,8 +26,8 @@ Span = tuple[int, int]
 class Exchange:
     """A question and its reply.
 
-    `visual` holds the [start, end) characters of the words that need the picture. `key` is the part of the reply that a
-    grader looks for ("" where there is none). `topic` names the question's kind; `mentions` the object kinds it touches.
+    `visual` holds the [start, end) characters of the words that need the picture; `key` is what a grader looks for in a
+    reply ("" where there is nothing); `topic` names the kind of question; `mentions` the kinds of object it touches.
     """
 
     topic: str
