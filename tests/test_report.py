@@ -178,9 +178,11 @@ def test_no_samples_asked_none_shown(run):
 
 def test_truth_beside_the_dataset_draws_the_roc_curve(run):
     assert "area under the curve" not in text_of(report(run))
-    visual = [re.finditer("red|blue|green", row["conversations"][1]["value"]) for row in records()]
-    spans = [[list(match.span()) for match in matches] for matches in visual]
-    lines = [json.dumps({"row": row, "answers": [words, []]}) for row, words in enumerate(spans)]
+    lines = []
+    for row, record in enumerate(records()):
+        answers = [turn["value"] for turn in record["conversations"][1::2]]
+        spans = [[list(match.span()) for match in re.finditer("red|blue|green", answer)] for answer in answers]
+        lines.append(json.dumps({"row": row, "answers": spans}))
     (run / "data" / "truth.jsonl").write_text("\n".join(lines))
     assert "area under the curve" in text_of(report(run))
     with pytest.raises(DataError, match="elsewhere"):
@@ -189,7 +191,7 @@ def test_truth_beside_the_dataset_draws_the_roc_curve(run):
 
 def test_truth_without_any_visual_token_is_refused_only_when_asked_for(run):
     path = run / "data" / "truth.jsonl"
-    path.write_text("\n".join(json.dumps({"row": k, "answers": [[], []]}) for k in range(11)))
+    path.write_text("\n".join(json.dumps({"row": row, "answers": [[]]}) for row in range(8)))
     assert "area under the curve" not in text_of(report(run))
     with pytest.raises(DataError, match="--truth"):
         report(run, truth=path)

@@ -131,6 +131,15 @@ def test_token_truth_of_no_common_row_is_empty():
     assert len(gain) == len(is_visual) == 0
 
 
+def test_token_truth_with_the_texts_leaves_blanks_out():
+    table = score_table([scores(0, [0, 0, 0], [[0, 3], [3, 4], [4, 8]], [2.0, 0.5, 1.0])])
+    truth = {0: [[(0, 8)]]}
+    assert token_truth(table, truth)[1].tolist() == [True, True, True]
+    assert token_truth(table, truth, lambda _: ["red ball"])[1].tolist() == [True, False, True]
+    with pytest.raises(DataError, match="1 answers"):
+        token_truth(table, truth, lambda _: [])
+
+
 def test_truth_with_too_few_answers_is_refused():
     table = score_table([scores(4, [0, 1], [[0, 3], [0, 3]], [2.0, 1.0])])
     with pytest.raises(DataError, match="row 4"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,17 @@ def visual_mask(
     whitespace inside a visual span counts for nothing; without them spans are taken to hold none, as those of single
     words do.
     """
-    if answers is not None:
-        spans = [_inked(list(part), answers[index]) for index, part in enumerate(spans)]
-    return _overlaps(np.asarray(turn, dtype=np.int64), chars, list(spans))
+    return _overlaps(np.asarray(turn, dtype=np.int64), chars, _row_spans(spans, answers))
+
+
+def _row_spans(
+    spans: Sequence[Sequence[tuple[int, int]]], answers: Sequence[str] | None
+) -> Sequence[Sequence[tuple[int, int]]]:
+    if answers is None:
+        return spans
+    if len(answers) < len(spans):
+        raise DataError(f"the ground truth has {len(spans)} answers where the dataset has {len(answers)}")
+    return [_inked(part, answers[index]) for index, part in enumerate(spans)]
 
 
 def _inked(spans: Sequence[tuple[int, int]], answer: str) -> Spans:
@@ -105,10 +113,13 @@ def _overlaps(
     return np.asarray((begun > over) & (token_start < token_end))
 
 
-def token_truth(scores: pa.Table, truth: Truth) -> tuple[Float32[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
+def token_truth(
+    scores: pa.Table, truth: Truth, answers: Callable[[int], Sequence[str]] | None = None
+) -> tuple[Float32[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
     """Gain and visualness of every scored multimodal token whose row has ground truth, in row order.
 
-    `scores` needs the columns row, turn, char_start, char_end, nll_seen and nll_blind.
+    `scores` needs the columns row, turn, char_start, char_end, nll_seen and nll_blind. `answers` gives the texts of a
+    row, as in `visual_mask`; without it a token of nothing but a blank inside a span of several words is visual.
     Raises DataError if a row has more answers than its ground truth.
     """
     known = np.fromiter(truth, dtype=np.int64, count=len(truth))
@@ -121,7 +132,7 @@ def token_truth(scores: pa.Table, truth: Truth) -> tuple[Float32[np.ndarray, " N
     _require_answers(rows, lengths, turn, n_answers)
 
     first_answer = np.cumsum(n_answers) - n_answers
-    spans = [part for row in rows.tolist() for part in truth[row]]
+    spans = [part for row in rows.tolist() for part in _row_spans(truth[row], answers(row) if answers else None)]
     chars = np.stack([flat_values(table.column("char_start")), flat_values(table.column("char_end"))], axis=1)
     visual = _overlaps(np.repeat(first_answer, lengths) + turn, chars, spans)
     gain = flat_values(table.column("nll_blind")) - flat_values(table.column("nll_seen"))

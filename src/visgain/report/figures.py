@@ -36,6 +36,10 @@ class Axis:
         """Position of `value` in percent, held inside the axis."""
         return round(100 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low))), 2)
 
+    def beyond(self, values: Float[np.ndarray, " N"]) -> float:
+        """Share of the values that lie outside."""
+        return float(((values < self.low) | (values > self.high)).mean())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ridge:

@@ -6,12 +6,13 @@ dataset are untrusted: every template escapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from visgain import storage
@@ -63,10 +64,10 @@ def write_report(config: ReportConfig) -> Path:
         "tau": _gain_tau(kept),
         "distribution": _distribution(rows, kept),
         "kept": list(kept_by_source(rows, kept)) if kept else None,
-        "truth": _truth(config, data),
-        "words": _words(config.scores, rows, dataset) if dataset else None,
-        "groups": _samples(config, run, rows, kept, dataset) if dataset else None,
-        "missing": None if dataset else str(run.get("data", "")),
+        "truth": _truth(config, data, dataset),
+        "words": _words(config.scores, rows, dataset) if dataset is not None else None,
+        "groups": _samples(config, run, rows, kept, dataset) if dataset is not None else None,
+        "missing": None if dataset is not None else str(run.get("data", "")),
     }
     with storage.atomic_path(config.out) as temporary:
         temporary.write_bytes(render(page).encode("utf-8", "replace"))
@@ -150,19 +151,12 @@ def _distribution(rows: Rows, kept: Kept | None) -> Distribution | None:
     tau = _gain_tau(kept)
     gains = rows.gain[rows.scored]
     axis = figures.make_axis(gains, (0.0,) if tau is None else (0.0, tau))
-    groups = figures.by_source(rows.source, rows.gain, rows.scored)
-    return _distribution_of(groups, axis, gains, tau)
-
-
-def _distribution_of(
-    groups: Sequence[tuple[str, np.ndarray]], axis: figures.Axis, gains: np.ndarray, tau: float | None
-) -> Distribution:
     return Distribution(
         axis=axis,
-        ridges=tuple(figures.ridges(groups, axis, tau)),
+        ridges=tuple(figures.ridges(figures.by_source(rows.source, rows.gain, rows.scored), axis, tau)),
         zero=axis.at(0.0),
         tau=None if tau is None else axis.at(tau),
-        beyond=float(((gains < axis.low) | (gains > axis.high)).mean()),
+        beyond=axis.beyond(gains),
     )
 
 
@@ -170,36 +164,42 @@ def _distribution_of(
 class TruthView:
     auroc: float
     path: str  # of the ROC curve
-    n_visual: int
-    n_other: int
     distribution: Distribution
 
 
-def _truth(config: ReportConfig, data: Path | None) -> TruthView | None:
+def _truth(config: ReportConfig, data: Path | None, dataset: Dataset | None) -> TruthView | None:
     """How well gain finds the visual tokens; None without ground truth, or where it has tokens of one kind only."""
     path = config.truth or (data.with_name("truth.jsonl") if data else None)
     if path is None or (config.truth is None and not path.is_file()):
         return None
     truth = read_truth(path)
     scores = read_rows(config.scores, np.fromiter(truth, dtype=np.int64, count=len(truth)))
-    gain, is_visual = token_truth(scores, truth)
+    gain, is_visual = token_truth(scores, truth, None if dataset is None else _answers_of(scores, dataset))
     if not is_visual.any() or is_visual.all():
-        if config.truth is not None:
-            raise DataError(
-                f"{path} marks {int(is_visual.sum())} of {len(gain)} scored tokens as visual; check --truth"
-            )
-        return None
+        if config.truth is None:
+            return None
+        n_visual = int(is_visual.sum())
+        raise DataError(f"{path} marks {n_visual} of {len(gain)} scored tokens as visual; check --truth")
     axis = figures.make_axis(gain)
-    groups = [("visual tokens", gain[is_visual]), ("all other tokens", gain[~is_visual])]
-    drawn = tuple(figures.ridge(label, gains, axis, None) for label, gains in groups)
-    beyond = float(((gain < axis.low) | (gain > axis.high)).mean())
+    groups = (("visual tokens", gain[is_visual]), ("all other tokens", gain[~is_visual]))
     return TruthView(
         auroc=auroc(gain, is_visual),
         path=figures.curve_path(*roc_curve(gain, is_visual)),
-        n_visual=int(is_visual.sum()),
-        n_other=int((~is_visual).sum()),
-        distribution=Distribution(axis=axis, ridges=drawn, zero=axis.at(0.0), tau=None, beyond=beyond),
+        distribution=Distribution(
+            axis=axis,
+            ridges=tuple(figures.ridge(label, gains, axis, None) for label, gains in groups),
+            zero=axis.at(0.0),
+            tau=None,
+            beyond=axis.beyond(gain),
+        ),
     )
+
+
+def _answers_of(scores: pa.Table, dataset: Dataset) -> Callable[[int], Sequence[str]]:
+    """Row -> its answers, of the rows in `scores`; refuses a row that changed since it was scored."""
+    columns = (scores.column(name).to_pylist() for name in ("row", "fingerprint"))
+    fingerprint = dict(zip(*columns, strict=True))
+    return lambda row: scored_sample(dataset, row, fingerprint[row]).answers
 
 
 @dataclass(frozen=True, kw_only=True)
