@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -244,7 +245,8 @@ def read_scores(folder: Path, columns: Sequence[str] | None = None, *, partial: 
 
 
 def _read_parts(paths: Sequence[Path], columns: list[str]) -> pa.Table:
-    return pa.concat_tables([_read_part(path, columns) for path in paths])
+    with ThreadPoolExecutor() as pool:  # the parts are too small for Arrow's own threads to help
+        return pa.concat_tables(pool.map(lambda path: _read_part(path, columns), paths))
 
 
 def _read_part(path: Path, columns: list[str]) -> pa.Table:
