@@ -28,8 +28,9 @@ def answer_logits(
 ) -> Float32[Tensor, "N V"]:
     """Float32 logits that predict the tokens at `wanted` (N in all), in row-major order. Position 0 is never predicted.
 
-    `head`: the output embeddings, where `model` is a wrapper that does not tell. The head itself runs in float32 whatever the model's dtype: rounding logits to 16 bits alone moves a gain by hundredths
-    of a nat. Differentiable. Raises ModelError if the model does not call its output head once on all hidden states.
+    The head itself runs in float32 whatever the model's dtype: rounding logits to 16 bits alone moves a gain by
+    hundredths of a nat. `head`: the output embeddings, where `model` is a wrapper that does not tell. Differentiable.
+    Raises ModelError if the model does not call its output head once on all hidden states.
     """
     predicting = torch.zeros_like(wanted)
     predicting[:, :-1] = wanted[:, 1:]

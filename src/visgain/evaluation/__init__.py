@@ -1,0 +1,1 @@
+"""Evaluation: generating answers and scoring them."""

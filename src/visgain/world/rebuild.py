@@ -1,0 +1,67 @@
+"""Rebuild the embedded model from nothing: `make embedded-model`, or `python -m visgain.world.rebuild --out FOLDER`.
+
+A curriculum of two runs of the project's own `train` on the world's align splits: one object to a picture, then full
+scenes. Rerunning resumes. The trained model is FOLDER/align; how good it is lands in FOLDER/quality.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import cyclopts
+
+from visgain.config import TrainConfig, WorldConfig
+from visgain.storage import write_json
+from visgain.training.trainer import run_train
+from visgain.world.dataset import write_world
+from visgain.world.evaluate import evaluate_world
+from visgain.world.model import build_blank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    split: Literal["easy", "align"]
+    rows: int
+    recipe: str
+
+
+STAGES = (
+    Stage(split="easy", rows=25_000, recipe="embedded-easy"),
+    Stage(split="align", rows=90_000, recipe="embedded-align"),
+)
+
+
+def rebuild(out: Path, *, seed: int = 0) -> Path:
+    """Run every stage into `out`; returns the folder of the trained model."""
+    model = out / "blank"
+    if not (model / "processor_config.json").is_file():
+        build_blank(model, seed)
+    for stage in STAGES:
+        data = out / f"world-{stage.split}" / "data.json"
+        if not data.is_file():
+            write_world(WorldConfig(out=data.parent, split=stage.split, rows=stage.rows, seed=seed))
+        trained = out / stage.split
+        if not (trained / "train.json").is_file():
+            config = TrainConfig(
+                model=str(model), data=data, out=trained, recipe=stage.recipe, dtype="bfloat16", seed=seed
+            )
+            run_train(config)
+        model = trained
+    quality = {}
+    for name, bias in (("independent", 0.0), ("priors hold", 1.0), ("priors broken", -1.0)):
+        world = out / f"world-test-{bias:g}"
+        write_world(WorldConfig(out=world, split="test", rows=1000, bias=bias, seed=seed + 1))
+        quality[name] = asdict(evaluate_world(str(model), world))
+    write_json(out / "quality.json", quality)
+    return model
+
+
+def main(*, out: Annotated[Path, cyclopts.Parameter(help="Folder to work in.")], seed: int = 0) -> None:
+    """Rebuild the embedded model."""
+    print(f"model: {rebuild(out, seed=seed)}")
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)
