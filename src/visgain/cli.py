@@ -31,6 +31,7 @@ app = App(
     version=visgain.__version__,
     help_flags=["--help", "-h"],
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 FLAT = Parameter(name="*")
 

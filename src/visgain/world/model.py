@@ -28,6 +28,10 @@ EMBEDDED = Path(__file__).parent / "embedded"
 IMAGE_SIDE = 72
 PATCH_SIDE = 12
 VOCABULARY = 640
+WIDTH = 128
+LAYERS = 4
+HEADS = 2
+INITIAL_STD = 0.08
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 
 CHAT_TEMPLATE = (
@@ -93,28 +97,32 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    # Initial weights are larger than those of large models, in proportion to 1 / sqrt(width): with the usual 0.02 the
+    # pictures' signal and the patches' places are too faint, and learning to see starts several times later.
     vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
         image_size=IMAGE_SIDE,
         patch_size=PATCH_SIDE,
-        projection_dim=128,
+        projection_dim=WIDTH,
         hidden_act="gelu",
+        initializer_range=INITIAL_STD,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=448,
-        num_hidden_layers=4,
-        num_attention_heads=5,
-        num_key_value_heads=5,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
         max_position_embeddings=2048,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
+        initializer_range=INITIAL_STD,
     )
     return LlavaConfig(
         vision_config=vision,
@@ -124,6 +132,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
+        initializer_range=INITIAL_STD,
     )
 
 

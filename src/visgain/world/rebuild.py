@@ -28,8 +28,8 @@ class Stage:
 
 
 STAGES = (
-    Stage(split="easy", rows=25_000, recipe="embedded-easy"),
-    Stage(split="align", rows=90_000, recipe="embedded-align"),
+    Stage(split="easy", rows=40_000, recipe="embedded-easy"),
+    Stage(split="align", rows=80_000, recipe="embedded-align"),
 )
 
 

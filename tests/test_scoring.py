@@ -1,0 +1,335 @@
+"""Scores against a naive computation, and every way of running that must not change them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import make_sample
+
+from visgain.config import ScoreConfig
+from visgain.counterfactuals import parse_counterfactual
+from visgain.data import open_dataset
+from visgain.errors import DataError, ModelError, StorageError, VisgainError
+from visgain.scoring.forward import answer_nll
+from visgain.scoring.plan import plan_batches, plan_parts
+from visgain.scoring.run import open_scorer, run_score
+from visgain.storage import read_json, read_scores
+from visgain.types import Sample
+from visgain.vlm.load import VLM, load_vlm
+from visgain.vlm.template import make_encoder
+
+COLUMNS = ("token_id", "turn", "char_start", "char_end", "nll_seen", "nll_blind")
+
+
+def config(model: Path, world: Path, out: Path, **options) -> ScoreConfig:
+    return ScoreConfig(model=str(model), data=world / "data.json", out=out, **options)
+
+
+def assert_same_scores(one: Path, other: Path, tolerance: float = 0.0) -> None:
+    a, b = read_scores(one).to_pylist(), read_scores(other).to_pylist()
+    assert len(a) == len(b) > 0
+    for left, right in zip(a, b, strict=True):
+        for name in left:
+            if name in ("nll_seen", "nll_blind", "gain"):
+                assert np.allclose(left[name] or 0, right[name] or 0, rtol=0, atol=tolerance), (name, left["row"])
+            else:
+                assert left[name] == right[name]
+
+
+# ---------------------------------------------------------------- exactness
+
+
+def naive_nll(vlm: VLM, sample: Sample, images: list[Image.Image]) -> list[float]:
+    """Batch 1, full logits, the token before predicts the token: nothing of our head, batching or planning."""
+    encoded = make_encoder(vlm).encode(sample, images)
+    ids = torch.from_numpy(encoded.input_ids)[None]
+    with torch.no_grad():
+        logits = vlm.model(input_ids=ids, **encoded.model_inputs).logits[0]
+    log_q = torch.log_softmax(logits.double(), dim=-1)
+    return [-log_q[t - 1, ids[0, t]].item() for t in range(ids.shape[1]) if encoded.is_answer[t]]
+
+
+def test_every_family_scores_as_the_naive_loop_does(family: VLM) -> None:
+    samples = [
+        make_sample("<image>\nWhat is this?", "A red cup."),
+        make_sample("<image>\nWhat is this?", "A red cup on a table.", "And?", "No, there is a dog."),
+        make_sample("<image>\nWhat?", "yes"),
+    ]
+    images = [[Image.new("RGB", (40, 30), (k * 80, 20, 200 - k * 60))] for k in range(len(samples))]
+    encoder = make_encoder(family)
+    encoded = [encoder.encode(sample, image) for sample, image in zip(samples, images, strict=True)]
+    together = answer_nll(family, encoded)
+    for sample, image, nll in zip(samples, images, together, strict=True):
+        assert nll.dtype == np.float32
+        assert np.allclose(nll, naive_nll(family, sample, image), rtol=0, atol=2e-5)
+
+
+def test_scores_on_disk_equal_the_naive_loop_seen_and_blind(
+    blank_model: Path, small_world: Path, tmp_path: Path
+) -> None:
+    run_score(config(blank_model, small_world, tmp_path, counterfactual="mean"))
+    vlm, mean = load_vlm(str(blank_model)), parse_counterfactual("mean")
+    dataset = open_dataset(small_world / "data.json")
+    scored = 0
+    for row in read_scores(tmp_path).to_pylist():
+        sample = dataset[row["row"]]
+        assert isinstance(sample, Sample)
+        if not sample.images:
+            assert row["gain"] is None
+            assert row["nll_seen"] == row["nll_blind"] == []
+            assert len(row["token_id"]) > 0
+            continue
+        picture = sample.images[0].open()
+        blind = mean(picture, rng=np.random.default_rng(0), other=lambda: picture)
+        assert np.allclose(row["nll_seen"], naive_nll(vlm, sample, [picture]), rtol=0, atol=2e-5)
+        assert np.allclose(row["nll_blind"], naive_nll(vlm, sample, [blind]), rtol=0, atol=2e-5)
+        gains = np.asarray(row["nll_blind"], np.float32) - np.asarray(row["nll_seen"], np.float32)
+        assert row["gain"] == pytest.approx(gains.mean(dtype=np.float64), abs=1e-12)
+        scored += 1
+    assert scored > 40
+
+
+def test_no_counterfactual_gives_a_gain_of_exactly_zero(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
+    run_score(config(blank_model, small_world, tmp_path, counterfactual="none"))
+    scores = read_scores(tmp_path)
+    assert scores.column("gain").drop_null().to_pylist()
+    assert set(scores.column("gain").drop_null().to_pylist()) == {0.0}
+    assert scores.column("nll_seen").to_pylist() == scores.column("nll_blind").to_pylist()
+
+
+def test_the_image_reaches_the_model(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
+    run_score(config(blank_model, small_world, tmp_path, counterfactual="swap"))
+    gain = read_scores(tmp_path).column("gain").drop_null().to_numpy()
+    assert np.abs(gain).max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"batch_tokens": 1}, {"part_rows": 7}, {"batch_tokens": 700, "part_rows": 23}])
+def test_batch_size_and_parts_change_no_number(
+    options: dict[str, int], blank_model: Path, small_world: Path, tmp_path: Path
+) -> None:
+    run_score(config(blank_model, small_world, tmp_path / "reference"))
+    run_score(config(blank_model, small_world, tmp_path / "other", **options))
+    assert_same_scores(tmp_path / "reference", tmp_path / "other", tolerance=1e-5)
+
+
+def test_random_counterfactuals_do_not_depend_on_the_order_of_rows(
+    blank_model: Path, small_world: Path, tmp_path: Path
+) -> None:
+    run_score(config(blank_model, small_world, tmp_path / "one", counterfactual="noise", part_rows=60))
+    run_score(config(blank_model, small_world, tmp_path / "other", counterfactual="noise", part_rows=11))
+    assert_same_scores(tmp_path / "one", tmp_path / "other", tolerance=1e-5)
+
+
+def test_bfloat16_weights_still_give_float32_log_probabilities(embedded: VLM) -> None:
+    encoded = make_encoder(embedded).encode(
+        sample := make_sample("<image>\nWhat is this?", "A red cup."), [image.open() for image in sample.images]
+    )
+    reference = answer_nll(embedded, [encoded])[0]
+    half = load_vlm(embedded.name, dtype="bfloat16")
+    images = {k: v.to(torch.bfloat16) for k, v in encoded.model_inputs.items()}
+    rounded = answer_nll(half, [replace(encoded, model_inputs=images)])[0]
+    assert np.allclose(rounded, reference, atol=0.2)
+    # A head in bfloat16 would leave values on its coarse grid.
+    on_grid = torch.from_numpy(rounded).to(torch.bfloat16).float().numpy() == rounded
+    assert not on_grid.all()
+
+
+def test_ignoring_end_of_turn_changes_only_which_tokens_count(
+    blank_model: Path, small_world: Path, tmp_path: Path
+) -> None:
+    run_score(config(blank_model, small_world, tmp_path / "with"))
+    run_score(config(blank_model, small_world, tmp_path / "without", end_of_turn="ignore"))
+    for a, b in zip(
+        read_scores(tmp_path / "with").to_pylist(), read_scores(tmp_path / "without").to_pylist(), strict=True
+    ):
+        words = [k for k, (start, end) in enumerate(zip(a["char_start"], a["char_end"], strict=True)) if end > start]
+        assert [a["token_id"][k] for k in words] == b["token_id"]
+        if a["nll_seen"]:
+            assert np.allclose([a["nll_seen"][k] for k in words], b["nll_seen"], atol=1e-5)
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
+    run_score(config(blank_model, small_world, tmp_path / "whole", part_rows=10))
+    part = config(blank_model, small_world, tmp_path / "resumed", part_rows=10)
+    run_score(part)
+    parts = sorted((tmp_path / "resumed").glob("part-*.parquet"))
+    kept = parts[0].stat().st_mtime_ns
+    for path in parts[2:]:
+        path.unlink()
+    run_score(part)
+    assert parts[0].stat().st_mtime_ns == kept
+    assert_same_scores(tmp_path / "whole", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_resumes_to_the_same_bytes(
+    how: signal.Signals, blank_model: Path, small_world: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "visgain", "score", "--model", str(blank_model), "--part-rows", "5"]
+    command += ["--data", str(small_world / "data.json"), "--out", str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
+    while not list((tmp_path / "killed").glob("part-*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(how)
+    message = process.communicate()[1].decode()
+    assert process.returncode != 0
+    if how == signal.SIGINT:
+        assert "the same command resumes" in message
+        assert "Traceback" not in message
+    assert len(list((tmp_path / "killed").glob("part-*.parquet"))) < 12
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert not list((tmp_path / "killed").glob("*.tmp*"))
+    subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, capture_output=True, env=environment)
+    assert_same_scores(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_another_configuration_in_the_same_folder_stops_and_prints_the_difference(
+    blank_model: Path, small_world: Path, tmp_path: Path
+) -> None:
+    run_score(config(blank_model, small_world, tmp_path))
+    with pytest.raises(StorageError, match="counterfactual: 'blur.*' there, 'mean' now"):
+        run_score(config(blank_model, small_world, tmp_path, counterfactual="mean"))
+
+
+def test_a_dataset_that_changed_stops_a_resumed_run(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    rows = json.loads((small_world / "data.json").read_text())
+    data.write_text(json.dumps(rows))
+    options = ScoreConfig(model=str(blank_model), data=data, image_root=small_world, out=tmp_path / "out", limit=8)
+    run_score(options)
+    rows[0]["conversations"][1]["value"] += " changed"
+    data.write_text(json.dumps(rows))
+    with pytest.raises(StorageError, match="data_fingerprint"):
+        run_score(options)
+
+
+# ---------------------------------------------------------------- what cannot be scored
+
+
+def test_rows_that_cannot_be_scored_are_listed_with_their_reason_and_nothing_takes_their_place(
+    blank_model: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "good.png")
+    (tmp_path / "corrupt.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    Image.new("RGB", (64, 64)).save(tmp_path / "large.png")
+
+    def row(**fields):
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cup."}]
+        return {"conversations": turns, **fields}
+
+    rows = [
+        row(image="good.png"),
+        row(image="missing.jpg"),
+        row(image="corrupt.jpg"),
+        row(image="../outside.png"),
+        row(image="large.png"),
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}]},
+        {"id": 7},
+        row(image="good.png"),
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    done = run_score(
+        ScoreConfig(model=str(blank_model), data=tmp_path / "data.json", out=tmp_path / "out", max_pixels=1000)
+    )
+    assert (done.rows, done.multimodal, done.skipped) == (8, 2, 6)
+    skipped = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert [entry["row"] for entry in skipped] == [1, 2, 3, 4, 5, 6]
+    reasons = {entry["row"]: entry["reason"] for entry in skipped}
+    assert "not found" in reasons[1]
+    assert "--max-pixels" in reasons[4]
+    assert all(reasons.values())
+    scores = read_scores(tmp_path / "out").to_pylist()
+    assert [score["row"] for score in scores] == list(range(8))
+    assert scores[0]["nll_seen"] == pytest.approx(scores[7]["nll_seen"], abs=1e-5)
+
+
+def test_a_swap_without_any_other_picture_is_a_reason_and_not_a_gain_of_zero(blank_model: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "only.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cup."}]
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "only.png", "conversations": turns}] * 2))
+    done = run_score(
+        ScoreConfig(model=str(blank_model), data=tmp_path / "data.json", out=tmp_path / "out", counterfactual="swap")
+    )
+    assert done.skipped == 2
+    assert "no other picture" in (tmp_path / "out/skipped.jsonl").read_text()
+
+
+def test_a_non_finite_log_probability_is_a_reason_and_not_a_number(
+    blank_model: Path, small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = open_scorer(config(blank_model, small_world, tmp_path))
+    with torch.no_grad():
+        scorer.vlm.model.model.multi_modal_projector.linear_2.weight.fill_(float("inf"))
+    records = scorer.score_rows(range(6), done=lambda n: None)
+    assert any("non-finite" in getattr(record, "reason", "") for record in records)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"model": "no/such/model/here"}, ModelError, "neither a model folder nor a hub name"),
+        ({"model": "/no/such/folder"}, ModelError, "neither a model folder nor a hub name"),
+        ({"data": Path("/no/such/data.json")}, DataError, "data.json"),
+        ({"image_root": Path("/no/such/images")}, DataError, "images"),
+        ({"counterfactual": "blurr"}, VisgainError, "did you mean 'blur'"),
+        ({"counterfactual": "blur:sigmaa=1"}, VisgainError, "sigma"),
+        ({"device": "cuda:99"}, ModelError, "--device cuda:99"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(
+    options: dict, error: type[Exception], message: str, blank_model: Path, small_world: Path, tmp_path: Path
+) -> None:
+    base = {"model": str(blank_model), "data": small_world / "data.json", "out": tmp_path / "out"}
+    with pytest.raises(error, match=message) as caught:
+        run_score(ScoreConfig(**{**base, **options}))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_run_records_what_its_numbers_depend_on(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
+    run_score(config(blank_model, small_world, tmp_path, limit=10))
+    run = read_json(tmp_path / "run.json", "scores")
+    assert run["identity"]["counterfactual"].startswith("blur:sigma=")
+    assert run["identity"]["limit"] == run["n_rows"] == 10
+    assert Path(run["data"]) == small_world / "data.json"
+    assert set(run["versions"]) == {"visgain", "torch", "transformers", "python"}
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_parts_hold_every_row_once_and_no_part_is_one_source() -> None:
+    parts = plan_parts(1003, 100)
+    assert sorted(row for part in parts for row in part) == list(range(1003))
+    assert max(map(len, parts)) <= 100
+    assert max(parts[0]) - min(parts[0]) > 900
+    assert plan_parts(1, 512) == [range(1)]
+
+
+def test_batches_hold_every_sample_once_within_the_budget_and_never_mix_groups() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 200, size=100).tolist()
+    groups = rng.integers(0, 3, size=100).tolist()
+    batches = plan_batches(lengths, groups, 600)
+    assert sorted(i for batch in batches for i in batch) == list(range(100))
+    for batch in batches:
+        assert len({groups[i] for i in batch}) == 1
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 600
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+    assert plan_batches([900], [0], 600) == [[0]]
