@@ -33,6 +33,7 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
+app.meta.suppress_keyboard_interrupt = False  # main() says how to go on
 FLAT = Parameter(name="*")
 
 

@@ -61,12 +61,12 @@ def open_dataset(
 
     Raises DataError when the file or the image folder is missing, unreadable, empty, malformed or of no known format.
     """
-    image_root = path.parent if image_root is None else image_root
-    if not image_root.is_dir():
-        raise DataError(f"image folder {image_root} does not exist or is not a folder; check --image-root")
     head = _head(path)
     if not head:
         raise DataError(f"{path} holds no rows: the file is empty")
+    image_root = path.parent if image_root is None else image_root
+    if not image_root.is_dir():
+        raise DataError(f"image folder {image_root} does not exist or is not a folder; check --image-root")
     for name in FORMATS.names():
         data_format = FORMATS.get(name)
         if data_format.recognises(path, head):

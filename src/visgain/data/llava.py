@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from visgain.data.images import ImageFile
 from visgain.errors import DataError
+from visgain.storage import file_hash
 from visgain.types import IMAGE_MARK, Sample, Skipped, Turn
 
 Role = Literal["user", "assistant", "system"]
@@ -56,11 +57,7 @@ class LlavaDataset:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the file's bytes in hexadecimal."""
-        try:
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        except OSError as error:
-            raise DataError(f"cannot read dataset {self.path}: {error}") from error
+        return file_hash(self.path)
 
     def __len__(self) -> int:
         return len(self._rows)

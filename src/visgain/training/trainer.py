@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float32
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from visgain.config import TrainConfig
 from visgain.data import open_dataset
-from visgain.errors import ConfigError, DataError
+from visgain.errors import ConfigError, DataError, StorageError
 from visgain.storage import claim_run, file_hash, read_json, storage_errors, write_json
 from visgain.training.collate import IGNORED, Collator, Rows, open_rows
 from visgain.training.loss import active_nll, reduce_loss
@@ -28,6 +29,12 @@ from visgain.vlm.families import named_parts, part_modules
 from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name
 from visgain.vlm.logits import output_head
 from visgain.vlm.template import make_encoder
+
+BESIDE_ADAPTER = "trained.safetensors"
+"""In a checkpoint of adapters: every parameter that is trained."""
+
+PROGRESS = "visgain.json"
+"""In a checkpoint: the number of active tokens so far."""
 
 
 class SelectiveTrainer(Trainer):  # type: ignore[misc]
@@ -38,7 +45,7 @@ class SelectiveTrainer(Trainer):  # type: ignore[misc]
         # Tells Trainer whether to count the labels of the whole optimiser step for us (global), or to average the
         # losses of its micro-batches itself.
         self.model_accepts_loss_kwargs = loss_reduction == "global"
-        self.active_tokens = 0  # on this device, since the start of the run or its resumption
+        self.active_tokens = 0  # that carried loss on this device since the start of the run
 
     def compute_loss(
         self,
@@ -62,9 +69,43 @@ class SelectiveTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, "active_tokens": self.active_tokens}, *args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        write_json(folder / PROGRESS, {"active_tokens": self.active_tokens})
+        if not isinstance(self.model, PreTrainedModel):
+            # An adapter's checkpoint leaves out whatever else is trained beside it, such as the projector.
+            trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+            save_file(trained, folder / BESIDE_ADAPTER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load a checkpoint's weights through from_pretrained, and all of them.
+
+        Trainer's own way matches the file's names with the module's, which differ in models whose file format is older
+        than their code (LLaVA): it would warn, load nothing, and go on from the initial weights.
+        """
+        model = self.model if model is None else model
+        self.active_tokens = read_json(Path(resume_from_checkpoint) / PROGRESS, "checkpoint")["active_tokens"]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif isinstance(model, PreTrainedModel):
+            model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict())
+        else:
+            trained = load_file(Path(resume_from_checkpoint) / BESIDE_ADAPTER)
+            if model.load_state_dict(trained, strict=False).unexpected_keys:
+                raise StorageError(f"{resume_from_checkpoint} is a checkpoint of another model; use another --out")
+
     def _unwrapped(self, model: nn.Module) -> PreTrainedModel:
         unwrapped = self.accelerator.unwrap_model(model)
         return unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+
+
+class QuietProgress(ProgressCallback):  # type: ignore[misc]
+    """Trainer's progress bar with the loss in it, instead of log lines among the results."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
 
 
 class JsonlLog(TrainerCallback):  # type: ignore[misc]
@@ -84,7 +125,7 @@ class JsonlLog(TrainerCallback):  # type: ignore[misc]
 class TrainSummary:
     rows: int
     steps: int
-    active_tokens: int  # that carried loss on this device in this start of the run
+    active_tokens: int  # that carried loss on this device, counted once for each time
     final_loss: float
     seconds: float
 
@@ -157,7 +198,7 @@ def _with_lora(model: PreTrainedModel, recipe: Recipe, rank: int) -> Any:
 def build_trainer(model: Any, vlm: VLM, rows: Rows, recipe: Recipe, config: TrainConfig) -> SelectiveTrainer:
     pad_id = vlm.tokenizer.pad_token_id
     arguments = training_arguments(recipe, config, n_rows=len(rows))
-    return SelectiveTrainer(
+    trainer = SelectiveTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -165,6 +206,9 @@ def build_trainer(model: Any, vlm: VLM, rows: Rows, recipe: Recipe, config: Trai
         callbacks=[JsonlLog(config.out / "log.jsonl")],
         loss_reduction=recipe.loss_reduction,
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(QuietProgress)
+    return trainer
 
 
 def training_arguments(recipe: Recipe, config: TrainConfig, *, n_rows: int) -> TrainingArguments:

@@ -39,7 +39,7 @@ def answer_logits(
     n_wanted = int(predicting.sum())
     if logits.shape[-2] != n_wanted:
         raise ModelError(f"{type(model).__name__} does not take logits at chosen positions; please report this model")
-    result: Tensor = logits.reshape(n_wanted, -1).float()
+    result: Tensor = logits.reshape(n_wanted, logits.shape[-1]).float()
     return result
 
 

@@ -2,8 +2,8 @@
 
 Accuracy: the share of questions whose reply contains the right word (and no other word of the same sort). Existence
 questions are graded by the reply's first word; their yes-rate gives away a model that says what the text suggests.
-Hallucination: of the objects named in captions, the share that is not in the picture (CHAIR's instance measure), and the
-share of captions with at least one (its sentence measure).
+Hallucination: of the objects named in captions, the share that is not in the picture (CHAIR's instance measure), and
+the share of captions with at least one (its sentence measure).
 """
 
 from __future__ import annotations

@@ -1,0 +1,386 @@
+"""Selective training against the vanilla Trainer, and the steps, cuts and restarts that must change nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from tiny_models import make_sample
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
+
+from visgain.config import ScoreConfig, SelectConfig, TrainConfig
+from visgain.data import open_dataset
+from visgain.errors import ConfigError, DataError, StorageError
+from visgain.scoring.run import run_score
+from visgain.selection import run_select
+from visgain.storage import read_selection_table, write_selection
+from visgain.training.collate import IGNORED, Collator, Rows, SelectedRows, TrainingRow
+from visgain.training.loss import active_nll, reduce_loss
+from visgain.training.recipe import Recipe, load_recipe, recipe_names, resolve_recipe
+from visgain.training.trainer import (
+    SelectiveTrainer,
+    build_trainer,
+    prepare_model,
+    run_train,
+    training_arguments,
+)
+from visgain.vlm.load import load_vlm
+from visgain.vlm.logits import output_head
+from visgain.vlm.template import make_encoder
+
+RECIPE = Recipe(parts=("projector", "language"), learning_rate=1e-3, batch_size=8, micro_batch=4, max_steps=3)
+
+
+@pytest.fixture(scope="module")
+def scores(blank_model: Path, small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scores")
+    run_score(ScoreConfig(model=str(blank_model), data=small_world / "data.json", out=out))
+    return out
+
+
+def select(scores: Path, out: Path, **options) -> Path:
+    run_select(SelectConfig(scores=scores, out=out, **options))
+    return out
+
+
+def train_config(blank_model: Path, small_world: Path, out: Path, **options) -> TrainConfig:
+    base = {"max_steps": 3, "batch_size": 8, "micro_batch": 4, "recipe": "embedded-tune"}
+    return TrainConfig(model=str(blank_model), data=small_world / "data.json", out=out, **{**base, **options})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+def assert_same_weights(one: Path, other: Path, tolerance: float = 0.0) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=0, atol=tolerance), name
+
+
+# ---------------------------------------------------------------- equal to vanilla
+
+
+@pytest.mark.parametrize("with_selection", [False, True])
+def test_keeping_everything_reproduces_the_vanilla_trainer_step_by_step(
+    with_selection: bool, blank_model: Path, small_world: Path, scores: Path, tmp_path: Path
+) -> None:
+    """Vanilla: transformers' own Trainer and the model's own loss on plain labels."""
+    dataset = open_dataset(small_world / "data.json")
+    config = train_config(blank_model, small_world, tmp_path / "ours")
+
+    def losses(trainer_class: type[Trainer]) -> tuple[list[float], dict[str, torch.Tensor]]:
+        vlm = load_vlm(str(blank_model))
+        encoder = make_encoder(vlm)
+        rows: Rows = Rows(dataset, encoder, range(len(dataset)))
+        if with_selection and trainer_class is SelectiveTrainer:
+            everything = select(scores, tmp_path / "everything", by="sample", keep=100)
+            rows = SelectedRows(dataset, encoder, read_selection_table(everything), end_of_turn="score")
+        recipe = replace(RECIPE, max_steps=4)
+        model = prepare_model(vlm, recipe)
+        arguments = training_arguments(recipe, config, n_rows=len(rows))
+        arguments.logging_steps = 1
+        trainer = trainer_class(
+            model=model, args=arguments, train_dataset=rows, data_collator=Collator(vlm.tokenizer.pad_token_id)
+        )
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], model.state_dict()
+
+    vanilla_losses, vanilla_weights = losses(Trainer)
+    our_losses, our_weights = losses(SelectiveTrainer)
+    assert len(vanilla_losses) == 4
+    assert our_losses == pytest.approx(vanilla_losses, abs=1e-5)
+    for name, value in vanilla_weights.items():
+        assert torch.allclose(our_weights[name], value, rtol=0, atol=2e-5), name
+
+
+def test_only_active_tokens_carry_a_label(blank_model: Path, small_world: Path, scores: Path, tmp_path: Path) -> None:
+    selection = read_selection_table(select(scores, tmp_path, keep=60))
+    vlm = load_vlm(str(blank_model))
+    rows = SelectedRows(open_dataset(small_world / "data.json"), make_encoder(vlm), selection, end_of_turn="score")
+    batch = Collator(0)([rows[k] for k in range(len(rows))])
+    for k, chosen in enumerate(selection.to_pylist()):
+        labels = batch["labels"][k]
+        expected = [token for token, keep in zip(chosen["token_id"], chosen["keep"], strict=True) if keep]
+        assert labels[labels != IGNORED].tolist() == expected
+        assert torch.equal(labels[labels != IGNORED], batch["input_ids"][k][labels != IGNORED])
+    assert sum(map(sum, selection.column("keep").to_pylist())) < sum(map(len, selection.column("keep").to_pylist()))
+
+
+def test_the_loss_and_its_gradients_equal_the_naive_full_logit_loss(blank_model: Path) -> None:
+    rng = np.random.default_rng(0)
+    vlm = load_vlm(str(blank_model))
+    encoder = make_encoder(vlm)
+    rows = []
+    for answer in ("A red cup.", "No, there is no cup in the picture."):
+        sample = make_sample("<image>\nWhat is this?", answer)
+        encoded = encoder.encode(sample, [image.open() for image in sample.images])
+        rows.append(TrainingRow(encoded=encoded, active=rng.random(len(encoded.turn)) < 0.5))
+    batch = Collator(0)(rows)
+    labels = batch.pop("labels")
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        vlm.model.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for p in vlm.model.parameters() if p.grad is not None]
+
+    logits = vlm.model(**batch).logits[:, :-1]
+    naive = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    expected = gradients(naive)
+    ours = reduce_loss(active_nll(vlm.model, batch, labels != IGNORED, output_head(vlm.model)), None)
+    assert ours.item() == pytest.approx(naive.item(), abs=1e-6)
+    for a, b in zip(gradients(ours), expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------- reduction
+
+
+def final_weights(blank_model: Path, small_world: Path, scores: Path, tmp_path: Path, **options) -> Path:
+    out = tmp_path / "-".join(str(value) for value in options.values())
+    selection = tmp_path / "selection"
+    if not selection.exists():
+        select(scores, selection, keep=50)
+    run_train(train_config(blank_model, small_world, out, selection=selection, **options))
+    return out
+
+
+def test_global_reduction_does_not_depend_on_how_the_batch_is_cut(
+    blank_model: Path, small_world: Path, scores: Path, tmp_path: Path
+) -> None:
+    whole = final_weights(blank_model, small_world, scores, tmp_path, micro_batch=8)
+    cut = final_weights(blank_model, small_world, scores, tmp_path, micro_batch=1)
+    assert_same_weights(whole, cut, tolerance=2e-5)
+
+
+def test_micro_batch_reduction_averages_the_micro_batches(
+    blank_model: Path, small_world: Path, scores: Path, tmp_path: Path
+) -> None:
+    options = {"loss_reduction": "micro-batch", "max_steps": 1}
+    cut = final_weights(blank_model, small_world, scores, tmp_path, micro_batch=2, **options)
+    first = json.loads((cut / "train.json").read_text())["final_loss"]
+    # The same step by hand: the mean over micro-batches of each one's mean.
+    config = train_config(blank_model, small_world, tmp_path / "x", selection=tmp_path / "selection", micro_batch=2)
+    vlm = load_vlm(str(blank_model))
+    table = read_selection_table(tmp_path / "selection")
+    rows = SelectedRows(open_dataset(small_world / "data.json"), make_encoder(vlm), table, end_of_turn="score")
+    trainer = build_trainer(vlm.model, vlm, rows, resolve_recipe(config), config)
+    torch.manual_seed(0)
+    batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(4), strict=False)]
+    means = []
+    with torch.no_grad():
+        for batch in batches:
+            labels = batch.pop("labels")
+            nll = active_nll(vlm.model, batch, labels != IGNORED, output_head(vlm.model))
+            means.append(reduce_loss(nll, None).item())
+    assert first == pytest.approx(np.mean(means), abs=1e-5)
+    glob = final_weights(blank_model, small_world, scores, tmp_path, micro_batch=2, max_steps=1)
+    assert json.loads((glob / "train.json").read_text())["final_loss"] != pytest.approx(first, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_reduction", ["global", "micro-batch"])
+def test_a_step_without_active_tokens_is_harmless(
+    loss_reduction: str, blank_model: Path, small_world: Path, scores: Path, tmp_path: Path
+) -> None:
+    selection = select(scores, tmp_path / "selection", by="sample", keep=100)
+    table = read_selection_table(selection)
+    nothing = pa.array([[False] * len(keep) for keep in table.column("keep").to_pylist()], pa.list_(pa.bool_()))
+    record = json.loads((selection / "selection.json").read_text())
+    write_selection(selection, table.set_column(4, "keep", nothing), record)
+    done = run_train(
+        train_config(
+            blank_model, small_world, tmp_path / "out", selection=selection, loss_reduction=loss_reduction, max_steps=2
+        )
+    )
+    assert done.final_loss == 0.0
+    assert done.active_tokens == 0
+    assert_same_weights(blank_model, tmp_path / "out")
+
+
+def test_active_tokens_are_logged(blank_model: Path, small_world: Path, scores: Path, tmp_path: Path) -> None:
+    selection = select(scores, tmp_path / "selection", keep=50)
+    done = run_train(train_config(blank_model, small_world, tmp_path / "out", selection=selection))
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert log[-1]["active_tokens"] == done.active_tokens > 0
+    assert done.rows == len(read_selection_table(selection))
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize("parts", [("projector",), ("language",), ("vision", "projector")])
+def test_only_the_named_parts_change(
+    parts: tuple[str, ...], blank_model: Path, small_world: Path, tmp_path: Path
+) -> None:
+    run_train(train_config(blank_model, small_world, tmp_path, parts=parts, max_steps=2))
+    before, after = weights(blank_model), weights(tmp_path)
+    owners = {"vision_tower": "vision", "multi_modal_projector": "projector", "language_model": "language"}
+    changed = set()
+    for name, value in before.items():
+        part = next((part for key, part in owners.items() if key in name), "language")
+        if not torch.equal(value, after[name]):
+            changed.add(part)
+    assert changed == set(parts)
+
+
+def test_lora_changes_the_language_part_and_saves_a_plain_model(
+    blank_model: Path, small_world: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    run_train(train_config(blank_model, small_world, tmp_path, lora_rank=2, max_steps=2, learning_rate=1e-2))
+    before, after = weights(blank_model), weights(tmp_path)
+    assert before.keys() == after.keys()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert any("language_model.layers.0" in name for name in changed)
+    assert any("multi_modal_projector" in name for name in changed)
+    assert not any("vision_tower" in name or "embed_tokens" in name or "lm_head" in name for name in changed)
+    difference = after["model.language_model.layers.0.mlp.up_proj.weight"]
+    difference = difference - before["model.language_model.layers.0.mlp.up_proj.weight"]
+    assert torch.linalg.matrix_rank(difference, atol=1e-5) <= 2
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_result_is_a_plain_folder_with_its_processor(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
+    run_train(train_config(blank_model, small_world, tmp_path, max_steps=1))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert processor.chat_template == AutoProcessor.from_pretrained(blank_model).chat_template
+    assert model.config.model_type == "llava"
+
+
+# ---------------------------------------------------------------- resuming and refusing
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_an_interrupted_and_resumed_training_equals_an_uninterrupted_one(
+    lora_rank: int | None,
+    blank_model: Path,
+    small_world: Path,
+    scores: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    selection = select(scores, tmp_path / "selection", keep=70)
+    options = {"selection": selection, "max_steps": 6, "save_steps": 2, "lora_rank": lora_rank}
+    whole = run_train(train_config(blank_model, small_world, tmp_path / "whole", **options))
+
+    original = SelectiveTrainer.training_step
+
+    def interrupted(self: SelectiveTrainer, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    config = train_config(blank_model, small_world, tmp_path / "resumed", **options)
+    monkeypatch.setattr(SelectiveTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(config)
+    monkeypatch.undo()
+    assert not (tmp_path / "resumed" / "model.safetensors").exists()
+    resumed = run_train(config)
+    assert (resumed.steps, resumed.active_tokens) == (6, whole.active_tokens)
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed", tolerance=1e-6)
+
+
+def test_another_configuration_in_the_same_folder_stops(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
+    run_train(train_config(blank_model, small_world, tmp_path, max_steps=1))
+    with pytest.raises(StorageError, match="seed: 0 there, 1 now"):
+        run_train(train_config(blank_model, small_world, tmp_path, max_steps=1, seed=1))
+
+
+def test_a_dataset_that_changed_since_scoring_is_refused(
+    blank_model: Path, small_world: Path, scores: Path, tmp_path: Path
+) -> None:
+    selection = select(scores, tmp_path / "selection")
+    rows = json.loads((small_world / "data.json").read_text())
+    rows[0]["conversations"][1]["value"] += " changed"
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    config = train_config(blank_model, small_world, tmp_path / "out", selection=selection, image_root=small_world)
+    with pytest.raises(DataError, match="changed since it was scored"):
+        run_train(replace(config, data=tmp_path / "data.json"))
+
+
+def test_another_tokenisation_than_the_scored_one_is_refused(
+    blank_model: Path, small_world: Path, scores: Path, tmp_path: Path
+) -> None:
+    selection = select(scores, tmp_path / "selection")
+    table = read_selection_table(selection)
+    drifted = [[*ids[:-1], ids[-1] + 1] for ids in table.column("token_id").to_pylist()]
+    table = table.set_column(3, "token_id", pa.array(drifted, pa.list_(pa.int32())))
+    vlm = load_vlm(str(blank_model))
+    rows = SelectedRows(open_dataset(small_world / "data.json"), make_encoder(vlm), table, end_of_turn="score")
+    with pytest.raises(DataError, match="answer tokens differ"):
+        rows[0]
+
+
+def test_an_unreadable_row_stops_training_and_says_how_to_leave_it_out(blank_model: Path, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cup."}]
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "gone.png", "conversations": turns}] * 8))
+    with pytest.raises(DataError, match=r"row \d .*not found.*visgain select"):
+        run_train(train_config(blank_model, tmp_path, tmp_path / "out"))
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads(name: str) -> None:
+    assert load_recipe(name).learning_rate > 0
+
+
+def test_the_published_stages_are_what_was_published() -> None:
+    tune, align = load_recipe("tune"), load_recipe("align")
+    assert (tune.parts, tune.learning_rate, tune.batch_size) == (("projector", "language"), 2e-5, 128)
+    assert (align.parts, align.learning_rate, align.batch_size) == (("projector",), 1e-3, 256)
+    for recipe in (tune, align):
+        assert (recipe.schedule, recipe.warmup_ratio, recipe.epochs, recipe.weight_decay) == ("cosine", 0.03, 1, 0)
+        assert recipe.max_grad_norm == 1.0
+
+
+def test_the_optimiser_has_the_values_of_the_recipe(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
+    config = train_config(blank_model, small_world, tmp_path, recipe="align", batch_size=8, micro_batch=2, max_steps=50)
+    recipe = resolve_recipe(config)
+    vlm = load_vlm(str(blank_model))
+    rows = Rows(open_dataset(small_world / "data.json"), make_encoder(vlm), range(60))
+    trainer = build_trainer(prepare_model(vlm, recipe), vlm, rows, recipe, config)
+    trainer.create_optimizer_and_scheduler(num_training_steps=50)
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    projector = {id(p) for p in vlm.model.model.multi_modal_projector.parameters()}
+    assert trained == projector
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-3}
+    assert trainer.args.gradient_accumulation_steps == 4
+    assert trainer.args.get_warmup_steps(50) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "did you mean 'learning_rate'"),
+        ("parts: [projector]", "missing"),
+        ("parts: [eyes]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1", "unknown part 'eyes'"),
+        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 3\nmicro_batch: 2", "not a multiple"),
+        ("- a list", "mapping"),
+        ("a: [", "cannot read recipe"),
+    ],
+)
+def test_a_wrong_recipe_is_one_clear_message(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_an_unknown_recipe_suggests_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'align'"):
+        load_recipe("aling")
+
+
+def test_flags_win_over_the_recipe() -> None:
+    config = TrainConfig(model="m", data=Path("d"), out=Path("o"), learning_rate=5.0, parts=("vision",), batch_size=4)
+    recipe = resolve_recipe(config)
+    assert (recipe.learning_rate, recipe.parts, recipe.batch_size, recipe.micro_batch) == (5.0, ("vision",), 4, 4)
