@@ -1,0 +1,39 @@
+# Every target makes what it needs in .venv; the first one takes a few minutes for the downloads.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint bench embedded-model clean
+
+demo: .venv/installed
+	$(BIN)/visgain demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m "slow or published"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/select_scale.py
+	$(BIN)/python benchmarks/counterfactuals.py
+
+# Rebuilds the model that ships with the package, from random weights; about an hour on two cores. The result lies in
+# scratch/embedded/align; copy its files over src/visgain/world/embedded to ship it.
+embedded-model: .venv/installed
+	$(BIN)/python -m visgain.world.rebuild --out scratch/embedded
+
+.venv/installed: requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf .venv visgain-demo scratch
