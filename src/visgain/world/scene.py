@@ -98,9 +98,12 @@ def _draw_kinds(rng: np.random.Generator, count: int, bias: float) -> list[str]:
             kinds.append(kinds[-1])  # repeated kinds make counting worth asking
         else:
             kinds.append(str(rng.choice(KINDS)))
-    if bias < 0:
-        kinds = [_without_companion(rng, kind, kinds[:place], bias) for place, kind in enumerate(kinds)]
-    return kinds
+    if bias >= 0:
+        return kinds
+    apart: list[str] = []
+    for kind in kinds:
+        apart.append(_without_companion(rng, kind, apart, bias))
+    return apart
 
 
 def _without_companion(rng: np.random.Generator, kind: str, earlier: list[str], bias: float) -> str:

@@ -4,17 +4,17 @@ A reply is written with its visual words in square brackets: "The cup is [red]."
 given the question and the reply so far, changes with the picture. Replies are phrased so that this is exact: a caption
 starts with the number of objects, so that where it ends is settled by a word already said; sizes stand before colours,
 so that "a" never becomes "an"; after "Yes" or "No" the rest follows. In a conversation no question touches a kind that
-was mentioned before, so that no earlier turn gives an answer away.
+was mentioned before, so that an earlier turn hardly ever gives a word away; where it does, the word is not marked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from visgain.world.scene import COLOURS, COMPANION, HORIZONTAL, KINDS, USUAL_COLOUR, VERTICAL, Scene, Thing
+from visgain.world.scene import COLOURS, COMPANION, HORIZONTAL, KINDS, MAX_OBJECTS, USUAL_COLOUR, VERTICAL, Scene, Thing
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 PLURAL = {kind: f"{kind}s" for kind in KINDS} | {"fish": "fish", "leaf": "leaves"}
@@ -208,7 +208,7 @@ TEXT_ONLY: tuple[Speaker, ...] = (usual_colour, companion, arithmetic, named_col
 def conversation(
     rng: np.random.Generator, scene: Scene, bias: float, speakers: Iterable[Speaker], turns: int
 ) -> list[Exchange]:
-    """Up to `turns` exchanges (at least one) whose object kinds do not overlap, so that no turn answers a later one."""
+    """Up to `turns` exchanges (at least one) whose object kinds do not overlap (see the module's description)."""
     options = list(speakers)
     said: list[Exchange] = []
     mentioned: set[str] = set()
@@ -217,7 +217,31 @@ def conversation(
             break
         candidate = options[int(rng.integers(len(options)))](rng, scene, bias)
         if candidate is not None and not (candidate.mentions & mentioned):
-            said.append(candidate)
+            said.append(_without_settled(candidate, said, scene))
             mentioned |= candidate.mentions
     # Counting can be asked of any scene, so a scene where nothing else fits still gets its question.
     return said or [count(rng, scene, bias)]
+
+
+def _without_settled(candidate: Exchange, said: list[Exchange], scene: Scene) -> Exchange:
+    """`candidate` without marks on the words that the turns before settle.
+
+    There are two such cases: those turns account for as many objects as a picture can hold, so that there is none of
+    another kind; and they name two of the three places of a row, so that an object in that row is in the third.
+    """
+    if candidate.topic in ("existence", "count") and sum(_accounted(turn, scene) for turn in said) == MAX_OBJECTS:
+        return replace(candidate, visual=())
+    if candidate.topic == "place":
+        vertical = candidate.key.partition(" ")[0]
+        taken = {t.place for t in scene.things for turn in said if t.place in turn.question + turn.answer}
+        if sum(place.startswith(vertical) for place in taken) == 2:
+            start, _ = candidate.visual[0]
+            return replace(candidate, visual=((start, start + len(vertical)),))
+    return candidate
+
+
+def _accounted(turn: Exchange, scene: Scene) -> int:
+    """How many objects one knows of after a turn about the picture: all of a kind that was counted, else one each."""
+    if turn.topic == "count":
+        return sum(scene.count(kind) for kind in turn.mentions)
+    return len(turn.mentions & scene.kinds)
