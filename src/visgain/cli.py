@@ -204,6 +204,7 @@ def _quiet() -> None:
     """Leave stderr to our own progress: transformers' loading bars and advice are not results."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

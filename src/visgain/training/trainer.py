@@ -232,6 +232,7 @@ def training_arguments(recipe: Recipe, config: TrainConfig, *, n_rows: int) -> T
         save_total_limit=2,
         logging_steps=10,
         report_to=list(config.report_to) or "none",
+        disable_tqdm=False,
         remove_unused_columns=False,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=not use_cpu,

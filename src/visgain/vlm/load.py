@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import visgain
@@ -61,9 +63,19 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def _check_hub(name: str) -> None:
+    """Ask the hub for one small file, so that a wrong name or a missing network is told soon and in one line."""
+    try:
+        hf_hub_download(name, "config.json")
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ModelError(f"{name} is no folder here, and the hub does not give it: {_first_line(error)}") from error
+
+
 def load_processor(name: str, *, trust_remote_code: bool = False) -> ProcessorMixin:
     """The processor of model `name`, with PIL image processing so that pictures are prepared alike on every machine."""
     source = resolve_model(name)
+    if source == name and not Path(source).is_dir():
+        _check_hub(name)
     try:
         processor = AutoProcessor.from_pretrained(source, backend="pil", trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:

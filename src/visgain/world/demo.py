@@ -153,8 +153,8 @@ def _print(demo: dict[str, Any], report: Path) -> None:
     console.print(table)
     true_rate = demo["arms"][0]["metrics"]["true_yes_rate"]
     console.print(
-        f"existence: right answers to existence questions; yes-rate: replies of yes, where {100 * true_rate:.1f}% would "
-        "be right;\ninvented objects: named in captions and not there; captions with any: with at least one such.",
+        f"existence: right answers to existence questions; yes-rate: replies of yes, {100 * true_rate:.1f}% would be "
+        "right;\ninvented objects: named in captions and not there; captions with any: with at least one such.",
         highlight=False,
     )
     console.print(
