@@ -2,7 +2,7 @@
 
 A split is a folder: data.json (LLaVA format), images/, and truth.jsonl with one object a row:
 {"row", "topics": [...], "keys": [...], "answers": [[[start, end], ...], ...], "things": [...]}, where `answers` gives
-for each answer the character spans of the words that need the picture.
+for each answer the character spans of the words that need the picture. A split without marks has no truth.jsonl.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from visgain.config import WorldConfig
 from visgain.storage import storage_errors, write_json, write_text
 from visgain.world.draw import draw_picture
 from visgain.world.scene import MAX_OBJECTS, Scene, draw_scene
-from visgain.world.talk import COMMON_SENSE, TEXT_ONLY, VISUAL, Exchange, Speaker, caption, conversation, existence
+from visgain.world.talk import (
+    COMMON_SENSE,
+    TEXT_ONLY,
+    VISUAL,
+    Exchange,
+    Speaker,
+    caption,
+    conversation,
+    existence,
+    interview,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +42,9 @@ class Split:
     common_sense: float
     text_only: float
     existence: float
-    turns: int  # most exchanges in a visual conversation
+    turns: tuple[int, int]  # fewest and most exchanges in a visual conversation
     objects: int = MAX_OBJECTS  # most objects in a picture
+    marked: bool = True  # whether the words that need the picture are known; conversations are interviews where not
 
     def draw(self, rng: np.random.Generator, scene: Scene, bias: float) -> list[Exchange]:
         """One row's conversation about `scene`."""
@@ -45,17 +56,22 @@ class Split:
         speakers: tuple[Speaker, ...] = VISUAL
         if share < self.captions + self.common_sense + self.existence:
             speakers = (existence,)
-        return conversation(rng, scene, bias, speakers, int(rng.integers(1, self.turns + 1)))
+        turns = int(rng.integers(self.turns[0], self.turns[1] + 1))
+        return (conversation if self.marked else interview)(rng, scene, bias, speakers, turns)
 
 
 SPLITS = {
     # Many exchanges to a picture: the same image tokens teach more.
-    "align": Split(bias=0.0, captions=0.4, common_sense=0.04, text_only=0.04, existence=0.0, turns=4),
+    "align": Split(bias=0.0, captions=0.4, common_sense=0.04, text_only=0.04, existence=0.0, turns=(1, 4)),
     # As in LLaVA's mixture, a good part of the instruction data can be answered without looking.
-    "train": Split(bias=0.9, captions=0.15, common_sense=0.25, text_only=0.06, existence=0.15, turns=3),
-    "test": Split(bias=-1.0, captions=0.2, common_sense=0.0, text_only=0.0, existence=0.35, turns=1),
-    # One object to a picture: the embedded model learns to see before it learns to look around.
-    "easy": Split(bias=0.0, captions=0.5, common_sense=0.02, text_only=0.02, existence=0.0, turns=1, objects=1),
+    "train": Split(bias=0.9, captions=0.15, common_sense=0.25, text_only=0.06, existence=0.15, turns=(1, 3)),
+    "test": Split(bias=-1.0, captions=0.2, common_sense=0.0, text_only=0.0, existence=0.35, turns=(1, 1)),
+    # The embedded model learns to see (one object to a picture) before it learns to look around ("align"), and that
+    # before it learns to answer: finding the object that is asked about takes many questions to a picture.
+    "easy": Split(bias=0.0, captions=0.5, common_sense=0.02, text_only=0.02, existence=0.0, turns=(1, 1), objects=1),
+    "questions": Split(
+        bias=0.0, captions=0.1, common_sense=0.03, text_only=0.03, existence=0.1, turns=(6, 8), marked=False
+    ),
 }
 
 
@@ -93,7 +109,8 @@ def write_world(config: WorldConfig) -> Path:
                 draw_picture(drawn.scene, rng).save(config.out / name)
         data.append(_llava_row(config.split, row, name, drawn))
         truth.append(json.dumps(_truth_row(row, drawn)) + "\n")
-    write_text(config.out / "truth.jsonl", "".join(truth))
+    if split.marked:
+        write_text(config.out / "truth.jsonl", "".join(truth))
     write_json(config.out / "data.json", data)
     return config.out / "data.json"
 

@@ -223,6 +223,24 @@ def conversation(
     return said or [count(rng, scene, bias)]
 
 
+def interview(
+    rng: np.random.Generator, scene: Scene, bias: float, speakers: Iterable[Speaker], turns: int
+) -> list[Exchange]:
+    """Up to `turns` exchanges (at least one), none asked twice in the same words.
+
+    They may touch the same objects, so that earlier turns can answer later ones: no word of these is marked.
+    """
+    options = list(speakers)
+    said: dict[str, Exchange] = {}
+    for _ in range(10 * turns):
+        if len(said) == turns:
+            break
+        candidate = options[int(rng.integers(len(options)))](rng, scene, bias)
+        if candidate is not None:
+            said.setdefault(candidate.question, replace(candidate, visual=()))
+    return list(said.values()) or [replace(count(rng, scene, bias), visual=())]
+
+
 def _without_settled(candidate: Exchange, said: list[Exchange], scene: Scene) -> Exchange:
     """`candidate` without marks on the words that the turns before settle.
 
