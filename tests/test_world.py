@@ -201,13 +201,14 @@ def test_a_row_is_the_same_bytes_however_many_rows_are_drawn(tmp_path: Path) -> 
         assert picture.read_bytes() == (many / "images" / picture.name).read_bytes()
 
 
-def test_another_seed_another_split_or_another_row_is_another_world(tmp_path: Path) -> None:
-    texts = []
+def test_another_seed_another_split_or_another_row_is_another_picture(tmp_path: Path) -> None:
+    seen = []
     for name, split, seed in (("a", "train", 0), ("b", "train", 1), ("c", "test", 0), ("d", "align", 0)):
-        write_world(WorldConfig(out=tmp_path / name, split=split, rows=4, seed=seed))  # type: ignore[arg-type]
-        texts.append((tmp_path / name / "truth.jsonl").read_text())
-    assert len(set(texts)) == 4
-    assert len(set(texts[0].splitlines())) == 4
+        write_world(WorldConfig(out=tmp_path / name, split=split, rows=8, seed=seed, bias=0.0))  # type: ignore[arg-type]
+        lines = (tmp_path / name / "truth.jsonl").read_text().splitlines()
+        seen += [tuple(map(str, things)) for line in lines if len(things := json.loads(line)["things"]) > 1]
+    assert len(seen) > 15
+    assert len(set(seen)) == len(seen)
 
 
 # ---------------------------------------------------------------- the dial of language bias
@@ -668,6 +669,7 @@ def test_answers_by_hand_get_the_metrics_by_hand() -> None:
         question("existence", "no"),
         question("existence", "no"),
         question("existence", "no"),
+        question("existence", "no"),
         captioned("cup", "star"),
         captioned("fish"),
         captioned("leaf", "leaf"),
@@ -680,21 +682,22 @@ def test_answers_by_hand_get_the_metrics_by_hand() -> None:
         "Yes, there is a star.",
         "Yes.",
         "No, there is no tree.",
+        "I would say yes.",  # neither yes nor no
         "Two objects: a cup and a ball.",  # one of two invented, one of two found
         "Three fish.",  # plural and singular are one word
         "Two leaves, a house and a tree.",  # two of three invented
         "blue",
     ]
     metrics = grade(truth, answers)
-    assert metrics.accuracy == pytest.approx(3 / 6)
-    assert metrics.accuracy_by_topic == {"colour": 0.5, "existence": 0.5}
-    assert metrics.existence_accuracy == 0.5
-    assert metrics.yes_rate == 0.75
-    assert metrics.true_yes_rate == 0.25
+    assert metrics.accuracy == pytest.approx(3 / 7)
+    assert metrics.accuracy_by_topic == {"colour": 0.5, "existence": 0.4}
+    assert metrics.existence_accuracy == 0.4
+    assert metrics.yes_rate == 0.6
+    assert metrics.true_yes_rate == 0.2
     assert metrics.hallucinated_objects == pytest.approx(3 / 6)
     assert metrics.captions_with_hallucination == pytest.approx(2 / 3)
     assert metrics.caption_recall == pytest.approx(3 / 4)
-    assert (metrics.questions, metrics.captions) == (6, 3)
+    assert (metrics.questions, metrics.captions) == (7, 3)
 
 
 def test_a_model_that_always_says_yes_is_given_away_by_its_yes_rate() -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, Token, convert
 
 import visgain
 from visgain.config import (
@@ -25,16 +26,27 @@ from visgain.config import (
 from visgain.errors import ConfigError, VisgainError
 from visgain.registry import suggest
 
+
+def _converted(kind: Any, tokens: Sequence[Token]) -> Any:
+    """What cyclopts makes of an option, except that it would round 2.5 to a whole number without a word."""
+    value = convert(kind, tokens)
+    for token in tokens:
+        if isinstance(value, int) and "." in token.value and float(token.value) != value:
+            raise ValueError(f'"{token.value}" is not a whole number.')
+    return value
+
+
 app = App(
     name="visgain",
     help="Measure how much each answer token of a vision-language dataset needs the image, and train on those that do.",
     version=visgain.__version__,
     help_flags=["--help", "-h"],
     result_action="return_value",
+    default_parameter=Parameter(converter=_converted),
     suppress_keyboard_interrupt=False,
 )
 app.meta.suppress_keyboard_interrupt = False  # main() says how to go on
-FLAT = Parameter(name="*")
+FLAT = Parameter(name="*", negative_iterable=())
 
 
 @app.command
@@ -172,8 +184,8 @@ def _yaml_options(path: Path, tokens: tuple[str, ...]) -> Any:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: options are a mapping of names to values")
     verb = next((token for token in tokens if not token.startswith("-")), "")
@@ -210,10 +222,10 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def main() -> None:
-    """Entry point of the `visgain` command."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `visgain` command; without `arguments` it takes the process's own."""
     try:
-        app.meta()
+        app.meta(arguments)
     except VisgainError as error:
         print(f"visgain: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
