@@ -14,8 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from _results import result_row, write_results
 
+from _results import result_row, write_results
 from visgain.analysis.truth import auroc, read_truth, token_truth
 from visgain.config import ScoreConfig, WorldConfig
 from visgain.counterfactuals import parse_counterfactual

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_models
 
+import tiny_models
 from visgain.vlm.load import VLM, load_vlm
 
 SHARED = Path(__file__).parents[2] / "shared"

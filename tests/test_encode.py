@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_models import CHATML, SYSTEM, make_sample
 
+from tiny_models import CHATML, SYSTEM, make_sample
 from visgain.data import open_dataset
 from visgain.errors import EncodingError, ModelError
 from visgain.types import Sample, Turn
@@ -60,7 +61,7 @@ def test_character_spans_cover_each_answer_without_gap_or_overlap(family: VLM, n
         words = [span for span in spans if span[1] > span[0]]
         assert words[0][0] == 0
         assert words[-1][1] == len(answer)
-        assert all(left[1] == right[0] for left, right in zip(words, words[1:], strict=False))
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(words))
         assert spans[-1] == [len(answer), len(answer)]
 
 
@@ -255,7 +256,7 @@ def test_expansion_gives_every_id_the_span_of_what_it_came_from(plain: list[int]
         expanded += run
         expected += [[k, k + 1]] * len(run)
     aligned = align_expansion(np.asarray(plain, dtype=int), offsets, np.asarray(expanded, dtype=int), {0})
-    if plain.count(0) == 0 or all(a != 0 or b != 0 for a, b in zip(plain, plain[1:], strict=False)):
+    if plain.count(0) == 0 or all(a != 0 or b != 0 for a, b in itertools.pairwise(plain)):
         assert aligned.tolist() == expected
     assert len(aligned) == len(expanded)
 

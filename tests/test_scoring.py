@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import make_sample
 
+from tiny_models import make_sample
 from visgain.config import ScoreConfig
 from visgain.counterfactuals import parse_counterfactual
 from visgain.data import open_dataset
@@ -91,7 +91,7 @@ def test_scores_on_disk_equal_the_naive_loop_seen_and_blind(
             assert len(row["token_id"]) > 0
             continue
         picture = sample.images[0].open()
-        blind = mean(picture, rng=np.random.default_rng(0), other=lambda: picture)
+        blind = mean(picture, rng=np.random.default_rng(0), other=lambda: pytest.fail("mean asks for no other picture"))
         assert np.allclose(row["nll_seen"], naive_nll(vlm, sample, [picture]), rtol=0, atol=2e-5)
         assert np.allclose(row["nll_blind"], naive_nll(vlm, sample, [blind]), rtol=0, atol=2e-5)
         gains = np.asarray(row["nll_blind"], np.float32) - np.asarray(row["nll_seen"], np.float32)
@@ -203,7 +203,7 @@ def test_another_configuration_in_the_same_folder_stops_and_prints_the_differenc
     blank_model: Path, small_world: Path, tmp_path: Path
 ) -> None:
     run_score(config(blank_model, small_world, tmp_path))
-    with pytest.raises(StorageError, match="counterfactual: 'blur.*' there, 'mean' now"):
+    with pytest.raises(StorageError, match=r"counterfactual: 'blur.*' there, 'mean' now"):
         run_score(config(blank_model, small_world, tmp_path, counterfactual="mean"))
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from tiny_models import make_sample
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 
+from tiny_models import make_sample
 from visgain.config import ScoreConfig, SelectConfig, TrainConfig
 from visgain.data import open_dataset
 from visgain.errors import ConfigError, DataError, StorageError

@@ -33,6 +33,9 @@ from visgain.vlm.template import make_encoder
 BESIDE_ADAPTER = "trained.safetensors"
 """In a checkpoint of adapters: every parameter that is trained."""
 
+SUMMARY = "train.json"
+"""In a trained model's folder, written last: the TrainSummary."""
+
 PROGRESS = "visgain.json"
 """In a checkpoint: the number of active tokens so far."""
 
@@ -131,7 +134,7 @@ class TrainSummary:
 
 
 def run_train(config: TrainConfig) -> TrainSummary:
-    """Train on the selected rows and tokens; resumes from the last checkpoint in `config.out`."""
+    """Train on the selected rows and tokens. Resumes from the last checkpoint in `config.out`; does nothing if done."""
     recipe = resolve_recipe(config)
     dataset = open_dataset(
         config.data, config.image_root, max_pixels=config.max_pixels, follow_links=config.follow_links
@@ -145,6 +148,8 @@ def run_train(config: TrainConfig) -> TrainSummary:
     end_of_turn = scored.get("end_of_turn", "score")
     rows = open_rows(dataset, encoder, config.selection, end_of_turn=end_of_turn)
     resumed = claim_run(config.out, _identity(config, recipe, dataset.fingerprint), {"recipe": asdict(recipe)})
+    if resumed and (config.out / SUMMARY).is_file():
+        return TrainSummary(**read_json(config.out / SUMMARY, "training"))
     model = prepare_model(vlm, recipe)
     trainer = build_trainer(model, vlm, rows, recipe, config)
     result = trainer.train(resume_from_checkpoint=_last_checkpoint(config.out) if resumed else None)
@@ -156,7 +161,7 @@ def run_train(config: TrainConfig) -> TrainSummary:
         final_loss=float(result.training_loss),
         seconds=float(result.metrics["train_runtime"]),
     )
-    write_json(config.out / "train.json", asdict(summary))
+    write_json(config.out / SUMMARY, asdict(summary))
     return summary
 
 
