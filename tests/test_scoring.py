@@ -26,7 +26,9 @@ from visgain.scoring.plan import plan_batches, plan_parts
 from visgain.scoring.run import open_scorer, run_score
 from visgain.storage import read_json, read_scores
 from visgain.types import Sample
+from visgain.vlm.batch import pad_batch
 from visgain.vlm.load import VLM, load_vlm
+from visgain.vlm.logits import answer_logits
 from visgain.vlm.template import make_encoder
 
 COLUMNS = ("token_id", "turn", "char_start", "char_end", "nll_seen", "nll_blind")
@@ -140,9 +142,9 @@ def test_bfloat16_weights_still_give_float32_log_probabilities(embedded: VLM) ->
     images = {k: v.to(torch.bfloat16) for k, v in encoded.model_inputs.items()}
     rounded = answer_nll(half, [replace(encoded, model_inputs=images)])[0]
     assert np.allclose(rounded, reference, atol=0.2)
-    # A head in bfloat16 would leave values on its coarse grid.
-    on_grid = torch.from_numpy(rounded).to(torch.bfloat16).float().numpy() == rounded
-    assert not on_grid.all()
+    batch = pad_batch([replace(encoded, model_inputs=images)], 0)
+    logits = answer_logits(half.model, batch.inputs, batch.is_answer)
+    assert not torch.equal(logits, logits.to(torch.bfloat16).float()), "the head rounded its logits to bfloat16"
 
 
 def test_ignoring_end_of_turn_changes_only_which_tokens_count(

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
@@ -23,6 +23,7 @@ IMAGE_MARK = "<image>"
 """Where an image stands in a turn's text. Never part of an answer."""
 
 
+@runtime_checkable
 class ImageRef(Protocol):
     """An image that is opened only when it is needed."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from visgain.errors import DataError
 from visgain.registry import Registry
@@ -17,6 +17,7 @@ from visgain.types import Sample, Skipped
 _SNIFFED_BYTES = 4096
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """Rows of one dataset file, in its order. Picklable, so that it can travel to loader processes.
 
@@ -39,6 +40,7 @@ class Dataset(Protocol):
         ...
 
 
+@runtime_checkable
 class DataFormat(Protocol):
     """How one kind of dataset file is recognised and opened. A Dataset class with a `recognises` classmethod is one."""
 

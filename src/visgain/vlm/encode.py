@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL.Image import Image
@@ -30,6 +30,7 @@ from visgain.types import IMAGE_MARK, Encoded, Sample, Turn
 Span = tuple[int, int]
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What scoring, training and generation need of a template."""
 

@@ -123,7 +123,7 @@ def model_fingerprint(name: str) -> str:
     if not source.is_dir():
         return name
     digest = hashlib.blake2b(digest_size=16)
-    names = ("*.safetensors", "*.json", "*.jinja")
+    names = ("*.safetensors", "config.json", "tokenizer*.json", "*processor_config.json", "chat_template*")
     for path in sorted(path for pattern in names for path in source.glob(pattern)):
         digest.update(path.name.encode())
         with path.open("rb") as file:
