@@ -29,7 +29,7 @@ from visgain.world.talk import (
     caption,
     conversation,
     existence,
-    interview,
+    notes,
 )
 
 
@@ -44,7 +44,7 @@ class Split:
     existence: float
     turns: tuple[int, int]  # fewest and most exchanges in a visual conversation
     objects: int = MAX_OBJECTS  # most objects in a picture
-    marked: bool = True  # whether the words that need the picture are known; conversations are interviews where not
+    notes: float = 0.0  # of rows; they have no ground truth
 
     def draw(self, rng: np.random.Generator, scene: Scene, bias: float) -> list[Exchange]:
         """One row's conversation about `scene`."""
@@ -56,8 +56,10 @@ class Split:
         speakers: tuple[Speaker, ...] = VISUAL
         if share < self.captions + self.common_sense + self.existence:
             speakers = (existence,)
+        elif share > 1 - self.notes and (listed := notes(rng, scene, bias)) is not None:
+            return [listed]
         turns = int(rng.integers(self.turns[0], self.turns[1] + 1))
-        return (conversation if self.marked else interview)(rng, scene, bias, speakers, turns)
+        return conversation(rng, scene, bias, speakers, turns)
 
 
 SPLITS = {
@@ -70,7 +72,7 @@ SPLITS = {
     # before it learns to answer: finding the object that is asked about takes many questions to a picture.
     "easy": Split(bias=0.0, captions=0.5, common_sense=0.02, text_only=0.02, existence=0.0, turns=(1, 1), objects=1),
     "questions": Split(
-        bias=0.0, captions=0.1, common_sense=0.03, text_only=0.03, existence=0.1, turns=(6, 8), marked=False
+        bias=0.0, captions=0.1, common_sense=0.02, text_only=0.02, existence=0.1, turns=(3, 4), notes=0.3
     ),
 }
 
@@ -109,7 +111,7 @@ def write_world(config: WorldConfig) -> Path:
                 draw_picture(drawn.scene, rng).save(config.out / name)
         data.append(_llava_row(config.split, row, name, drawn))
         truth.append(json.dumps(_truth_row(row, drawn)) + "\n")
-    if split.marked:
+    if not split.notes:
         write_text(config.out / "truth.jsonl", "".join(truth))
     write_json(config.out / "data.json", data)
     return config.out / "data.json"

@@ -30,7 +30,7 @@ class Stage:
 STAGES = (
     Stage(split="easy", rows=40_000, recipe="embedded-easy"),
     Stage(split="align", rows=80_000, recipe="embedded-align"),
-    Stage(split="questions", rows=45_000, recipe="embedded-questions"),
+    Stage(split="questions", rows=36_000, recipe="embedded-questions"),
 )
 
 

@@ -170,6 +170,20 @@ def relation(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange | 
     return exchange("relation", question, reply, said, [one.kind, other.kind])
 
 
+def notes(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange | None:
+    """What there is, the kind first and in any order: the plainest way of asking for what belongs to a kind.
+
+    To find an object by the word just before is learned much sooner than to find it by a word in a question. Where the
+    list ends depends on the picture, so its words are not marked.
+    """
+    if not scene.unique:
+        return None
+    things = [scene.unique[i] for i in rng.permutation(len(scene.unique))]
+    question = _pick(rng, "Take notes.", "List what you see.", "Note the objects.")
+    listed = "; ".join(f"{t.kind} {t.colour} {t.size} {t.place}" for t in things)
+    return exchange("notes", question, f"{listed}.", mentions=KINDS)
+
+
 # ---------------------------------------------------------------- answered from the text alone
 
 
@@ -221,24 +235,6 @@ def conversation(
             mentioned |= candidate.mentions
     # Counting can be asked of any scene, so a scene where nothing else fits still gets its question.
     return said or [count(rng, scene, bias)]
-
-
-def interview(
-    rng: np.random.Generator, scene: Scene, bias: float, speakers: Iterable[Speaker], turns: int
-) -> list[Exchange]:
-    """Up to `turns` exchanges (at least one), none asked twice in the same words.
-
-    They may touch the same objects, so that earlier turns can answer later ones: no word of these is marked.
-    """
-    options = list(speakers)
-    said: dict[str, Exchange] = {}
-    for _ in range(10 * turns):
-        if len(said) == turns:
-            break
-        candidate = options[int(rng.integers(len(options)))](rng, scene, bias)
-        if candidate is not None:
-            said.setdefault(candidate.question, replace(candidate, visual=()))
-    return list(said.values()) or [replace(count(rng, scene, bias), visual=())]
 
 
 def _without_settled(candidate: Exchange, said: list[Exchange], scene: Scene) -> Exchange:
