@@ -103,6 +103,16 @@ def test_padding_gives_every_model_input_its_place(family: VLM) -> None:
     assert left.inputs["input_ids"][0, -size:].tolist() == short.input_ids.tolist()
 
 
+def test_pictures_of_different_shape_are_refused_side_by_side(llava_next: VLM) -> None:
+    encoder = make_encoder(llava_next)
+    sample = make_sample("<image>\nWhat is this?", "No.")
+    wide, square = (encoder.encode(sample, [Image.new("RGB", size)]) for size in ((96, 20), (40, 40)))
+    assert wide.n_image_tokens != square.n_image_tokens
+    with pytest.raises(ModelError, match="different shapes"):
+        pad_batch([wide, square], pad_id=0)
+    assert pad_batch([wide, wide], pad_id=0).is_answer.shape[0] == 2
+
+
 def test_ignoring_the_end_of_turn_leaves_the_words(family: VLM) -> None:
     encoded = without_end_of_turn(encode(make_encoder(family), make_sample("<image>\nWhat is this?", "A red cup.")))
     assert family.tokenizer.decode(encoded.token_id).removeprefix(" ") == "A red cup."

@@ -164,7 +164,7 @@ def test_micro_batch_reduction_averages_the_micro_batches(
 ) -> None:
     options = {"loss_reduction": "micro-batch", "max_steps": 1}
     cut = final_weights(blank_model, small_world, scores, tmp_path, micro_batch=2, **options)
-    first = json.loads((cut / "train.json").read_text())["final_loss"]
+    first = json.loads((cut / "train.json").read_text())["mean_loss"]
     # The same step by hand: the mean over micro-batches of each one's mean.
     config = train_config(blank_model, small_world, tmp_path / "x", selection=tmp_path / "selection", micro_batch=2)
     vlm = load_vlm(str(blank_model))
@@ -181,7 +181,7 @@ def test_micro_batch_reduction_averages_the_micro_batches(
             means.append(reduce_loss(nll, None).item())
     assert first == pytest.approx(np.mean(means), abs=1e-5)
     glob = final_weights(blank_model, small_world, scores, tmp_path, micro_batch=2, max_steps=1)
-    assert json.loads((glob / "train.json").read_text())["final_loss"] != pytest.approx(first, abs=1e-6)
+    assert json.loads((glob / "train.json").read_text())["mean_loss"] != pytest.approx(first, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss_reduction", ["global", "micro-batch"])
@@ -198,7 +198,7 @@ def test_a_step_without_active_tokens_is_harmless(
             blank_model, small_world, tmp_path / "out", selection=selection, loss_reduction=loss_reduction, max_steps=2
         )
     )
-    assert done.final_loss == 0.0
+    assert done.mean_loss == 0.0
     assert done.active_tokens == 0
     assert_same_weights(blank_model, tmp_path / "out")
 

@@ -92,7 +92,7 @@ def train(config: Annotated[TrainConfig, FLAT]) -> None:
     done = run_train(config)
     print(
         f"{done.steps:,} steps over {done.rows:,} rows in {done.seconds:.0f} s; "
-        f"{done.active_tokens:,} active tokens; loss {done.final_loss:.4f} nats"
+        f"{done.active_tokens:,} active tokens; loss {done.mean_loss:.4f} nats"
     )
     print(f"model: {config.out}")
 

@@ -129,7 +129,7 @@ class TrainSummary:
     rows: int
     steps: int
     active_tokens: int  # that carried loss on this device, counted once for each time
-    final_loss: float
+    mean_loss: float  # nats, over the steps of this start
     seconds: float
 
 
@@ -153,15 +153,17 @@ def run_train(config: TrainConfig) -> TrainSummary:
     model = prepare_model(vlm, recipe)
     trainer = build_trainer(model, vlm, rows, recipe, config)
     result = trainer.train(resume_from_checkpoint=_last_checkpoint(config.out) if resumed else None)
-    _save(trainer.model, vlm, config.out)
+    if trainer.is_world_process_zero():
+        _save(trainer.model, vlm, config.out)
     summary = TrainSummary(
         rows=len(rows),
         steps=int(result.global_step),
         active_tokens=trainer.active_tokens,
-        final_loss=float(result.training_loss),
+        mean_loss=float(result.training_loss),
         seconds=float(result.metrics["train_runtime"]),
     )
-    write_json(config.out / SUMMARY, asdict(summary))
+    if trainer.is_world_process_zero():
+        write_json(config.out / SUMMARY, asdict(summary))
     return summary
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from visgain.errors import ModelError
 from visgain.types import Encoded
 from visgain.vlm.encode import PER_TOKEN_INPUTS
 
@@ -36,10 +37,13 @@ def signature(encoded: Encoded) -> tuple[Any, ...]:
 
 
 def pad_batch(samples: Sequence[Encoded], pad_id: int, *, side: str = "right") -> Batch:
-    """Pad `samples` (of equal signature) to the longest. Per-token inputs are padded with 0, the others concatenated.
+    """Pad `samples` to the longest. Per-token inputs are padded with 0, the others concatenated.
 
-    Right padding leaves every real token's attention and position as if it were alone.
+    Right padding leaves every real token's attention and position as if it were alone. Raises ModelError if the samples
+    have pictures that the model takes in different shapes (text-only samples go with any).
     """
+    if len({signature(sample) for sample in samples if sample.model_inputs}) > 1:
+        raise ModelError("the pictures of these rows have different shapes for this model; use --micro-batch 1")
     length = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.full((len(samples), length), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros((len(samples), length), dtype=torch.int64)
