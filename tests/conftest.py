@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
-import tiny_models
-from visgain.vlm.load import VLM, load_vlm
+# Models of a few thousand weights lose far more to waking threads than they gain, most of all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# From here on every call in visgain is checked against its annotations, shapes and dtypes of arrays included.
+install_import_hook("visgain", "runtime_types.checked")
+
+import tiny_models  # noqa: E402
+from visgain.vlm.load import VLM, load_vlm  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 

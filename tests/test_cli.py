@@ -20,6 +20,7 @@ import visgain
 from visgain import config as configs
 from visgain.cli import app, main
 from visgain.errors import ConfigError, StorageError, VisgainError
+from visgain.training.trainer import TrainSummary
 
 SURFACE = {
     "demo": "--out --rows --seed --steps --test-rows",
@@ -368,7 +369,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def train(config: configs.TrainConfig) -> Any:
         seen.append(config)
-        return type("Summary", (), {"steps": 1, "rows": 1, "seconds": 1.0, "active_tokens": 1, "final_loss": 1.0})
+        return TrainSummary(rows=1, steps=1, active_tokens=1, mean_loss=1.0, seconds=1.0)
 
     monkeypatch.setattr("visgain.training.trainer.run_train", train)
     return seen

@@ -67,7 +67,7 @@ class SelectedRows(Rows):
     """The rows of a selection. Masks are joined by token id: the k-th answer token must be the k-th that was scored."""
 
     def __init__(self, dataset: Dataset, encoder: Encoder, selection: pa.Table, *, end_of_turn: str) -> None:
-        super().__init__(dataset, encoder, selection.column("row").to_numpy())
+        super().__init__(dataset, encoder, selection.column("row").to_pylist())
         self.selection = selection
         self.end_of_turn = end_of_turn
 

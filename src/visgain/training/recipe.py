@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -14,14 +14,12 @@ from visgain.registry import suggest
 
 RECIPES = Path(__file__).parent / "recipes"
 
-Part = Literal["vision", "projector", "language"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Every value that training needs; the field names are the YAML keys."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[str, ...]  # of vision, projector, language
     learning_rate: float
     batch_size: int
     micro_batch: int
@@ -33,7 +31,7 @@ class Recipe:
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
-    loss_reduction: Literal["global", "micro-batch"] = "global"
+    loss_reduction: str = "global"  # or micro-batch
     save_steps: int = 500
     workers: int = 0  # processes that prepare batches; 0 prepares them in the training process
     attention: str | None = None  # attention implementation of transformers; None takes the model's default
