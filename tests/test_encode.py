@@ -20,6 +20,9 @@ from visgain.vlm.encode import ChatEncoder, Encoder, align_expansion, chat_messa
 from visgain.vlm.llava import LlavaEncoder, images_first, pad_to_square
 from visgain.vlm.load import VLM, load_vlm
 from visgain.vlm.template import make_encoder
+from visgain.world.model import IMAGE_SIDE, PATCH_SIDE
+
+N_PATCHES = (IMAGE_SIDE // PATCH_SIDE) ** 2
 
 
 def encode(encoder: Encoder, sample: Sample):
@@ -161,7 +164,7 @@ def test_llava_ids_and_labels_equal_an_independent_construction_on_real_conversa
         conversation = [images_first(t.text) if t.role == "user" else t.text for t in sample.turns]
         if len(sample.images) > 1 or any("<" in text.replace("<image>", "") for text in conversation):
             continue
-        ids, labels = expected_v1(llava.tokenizer, conversation, n_patches=36)
+        ids, labels = expected_v1(llava.tokenizer, conversation, n_patches=N_PATCHES)
         encoded = encoder.encode(sample, [image.open() for image in sample.images])
         assert encoded.input_ids.tolist() == ids[:2048]
         assert encoded.is_answer.tolist() == labels[:2048]
@@ -191,8 +194,8 @@ def test_the_align_template_is_image_caption_newline_and_drops_the_instruction(l
     tokenizer = llava.tokenizer
     caption = tokenizer("A red cup.\n", add_special_tokens=False)["input_ids"]
     image = tokenizer.convert_tokens_to_ids("<image>")
-    assert encoded.input_ids.tolist() == [tokenizer.bos_token_id, *[image] * 36, *caption]
-    assert encoded.is_answer.tolist() == [False] * 37 + [True] * len(caption)
+    assert encoded.input_ids.tolist() == [tokenizer.bos_token_id, *[image] * N_PATCHES, *caption]
+    assert encoded.is_answer.tolist() == [False] * (1 + N_PATCHES) + [True] * len(caption)
 
 
 def test_pictures_are_padded_to_a_centred_square_in_clip_mean_colour() -> None:

@@ -365,6 +365,10 @@ def test_the_optimiser_has_the_values_of_the_recipe(blank_model: Path, small_wor
         ("parts: [projector]", "missing"),
         ("parts: [eyes]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1", "unknown part 'eyes'"),
         ("parts: [vision]\nlearning_rate: 1\nbatch_size: 3\nmicro_batch: 2", "not a multiple"),
+        ("parts: [vision]\nlearning_rate: fast\nbatch_size: 2\nmicro_batch: 1", "learning_rate is 'fast'"),
+        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 0", "micro_batch is 0"),
+        ("parts: [vision]\nlearning_rate: 1\nbatch_size: two\nmicro_batch: 1", "batch_size is 'two'"),
+        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nmax_steps: 2.5", "max_steps is 2.5"),
         ("- a list", "mapping"),
         ("a: [", "cannot read recipe"),
     ],
@@ -373,6 +377,26 @@ def test_a_wrong_recipe_is_one_clear_message(text: str, message: str, tmp_path: 
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_a_learning_rate_written_without_a_point_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("parts: [vision]\nlearning_rate: 2e-5\nbatch_size: 2\nmicro_batch: 1")
+    assert load_recipe(str(tmp_path / "mine.yaml")).learning_rate == 2e-5
+
+
+def test_an_unknown_schedule_is_one_clear_message(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nschedule: cosin"
+    )
+    with pytest.raises(ConfigError, match="'cosin'"):
+        run_train(
+            TrainConfig(
+                model=str(blank_model),
+                data=small_world / "data.json",
+                out=tmp_path / "out",
+                recipe=str(tmp_path / "mine.yaml"),
+            )
+        )
 
 
 def test_an_unknown_recipe_suggests_the_nearest() -> None:

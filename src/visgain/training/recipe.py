@@ -26,7 +26,6 @@ class Recipe:
     epochs: float = 1.0
     max_steps: int | None = None
     schedule: str = "cosine"
-    cosine_cycles: float = 0.5  # 0.5 walks the cosine down to zero, less stops higher
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
@@ -49,6 +48,41 @@ class Recipe:
         unknown = set(self.parts) - {"vision", "projector", "language"}
         if unknown:
             raise ConfigError(f"unknown part {sorted(unknown)[0]!r}; known: vision, projector, language")
+
+
+_COUNTS = ("batch_size", "micro_batch", "save_steps", "max_steps", "lora_rank", "workers")
+_NUMBERS = (
+    "learning_rate",
+    "epochs",
+    "warmup_ratio",
+    "weight_decay",
+    "adam_beta2",
+    "max_grad_norm",
+    "lora_alpha",
+    "lora_dropout",
+)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_number(value: Any) -> Any:
+    """2e-5, which YAML 1.1 takes for a text, as the number it is; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _check_numbers(values: dict[str, Any], where: str) -> None:
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name in _COUNTS and not (_is_whole(value) and value >= (0 if name == "workers" else 1)):
+            raise ConfigError(f"{where}: {name} is {value!r}; it must be a positive whole number")
+        if name in _NUMBERS and not (isinstance(value, int | float) and value >= 0):
+            raise ConfigError(f"{where}: {name} is {value!r}; it must be a number that is not negative")
 
 
 def recipe_names() -> list[str]:
@@ -77,6 +111,8 @@ def _recipe(values: Any, where: str) -> Recipe:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}; {suggest(str(key), known)}")
     try:
+        values = {key: _as_number(value) if key in _NUMBERS else value for key, value in values.items()}
+        _check_numbers(values, where)
         return Recipe(**{**values, "parts": tuple(values.get("parts") or ())})
     except TypeError as error:
         raise ConfigError(f"{where}: {str(error).replace('Recipe.__init__()', 'a recipe')}") from error

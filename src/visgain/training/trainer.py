@@ -17,10 +17,12 @@ from jaxtyping import Float32
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import SchedulerType
 
 from visgain.config import TrainConfig
 from visgain.data import open_dataset
 from visgain.errors import ConfigError, DataError, StorageError
+from visgain.registry import suggest
 from visgain.storage import claim_run, file_hash, read_json, storage_errors, write_json
 from visgain.training.collate import IGNORED, Collator, Rows, open_rows
 from visgain.training.loss import active_nll, reduce_loss
@@ -219,7 +221,11 @@ def build_trainer(model: Any, vlm: VLM, rows: Rows, recipe: Recipe, config: Trai
 
 
 def training_arguments(recipe: Recipe, config: TrainConfig, *, n_rows: int) -> TrainingArguments:
-    """The recipe in Trainer's words. Raises ConfigError if the batch size does not divide among the devices."""
+    """The recipe in Trainer's words. Raises ConfigError for an unknown schedule or an indivisible batch size."""
+    if recipe.schedule not in {s.value for s in SchedulerType}:
+        raise ConfigError(
+            f"unknown schedule {recipe.schedule!r}: {suggest(recipe.schedule, (s.value for s in SchedulerType))}"
+        )
     use_cpu = config.device == "cpu" or not torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(config.out / "checkpoints"),
@@ -228,7 +234,6 @@ def training_arguments(recipe: Recipe, config: TrainConfig, *, n_rows: int) -> T
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps or -1,
         lr_scheduler_type=recipe.schedule,
-        lr_scheduler_kwargs={"num_cycles": recipe.cosine_cycles} if recipe.schedule == "cosine" else None,
         weight_decay=recipe.weight_decay,
         adam_beta2=recipe.adam_beta2,
         max_grad_norm=recipe.max_grad_norm,
