@@ -45,7 +45,7 @@ from visgain.world.talk import Exchange
 Fact = tuple[str, str, str, int]
 
 NUMBER = ["zero", "one", "two", "three", "four"]
-TRUTHFUL = list(SPLITS)
+TRUTHFUL = [name for name, split in SPLITS.items() if not split.notes]
 PLACE = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")]
 
 
@@ -150,6 +150,11 @@ def caption_of(things: Sequence[Fact]) -> str:
     listed = [f"a {size} {colour} {kind} in the {PLACE[cell]}" for kind, colour, size, cell in things]
     head = f"{NUMBER[len(things)].capitalize()} object{'s' if len(things) > 1 else ''}: "
     return head + " and ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed) + "."
+
+
+def notes_of(things: Sequence[Fact]) -> set[str]:
+    alone = [thing for thing in things if only(things, thing[0])]
+    return {f"{kind} {colour} {size} {PLACE[cell]}" for kind, colour, size, cell in alone}
 
 
 def neighbours(things: list[Fact]) -> Iterator[list[Fact]]:
@@ -295,6 +300,9 @@ def test_every_reply_about_a_picture_is_true_of_its_scene(split: str) -> None:
                 continue
             assert row.scene is not None
             things = facts(row.scene)
+            if said.topic == "notes":
+                assert set(said.answer.removesuffix(".").split("; ")) == notes_of(things)
+                continue
             expected = caption_of(things) if said.topic == "caption" else said_of(things, said.question)
             assert said.answer == expected, said
     assert topics["caption"] > 50
@@ -474,7 +482,7 @@ def test_two_known_places_of_a_row_settle_the_third() -> None:
 def test_no_kind_of_object_is_spoken_of_in_two_turns() -> None:
     names = {kind: kind for kind in KINDS} | {f"{kind}s": kind for kind in KINDS} | {"leaves": "leaf"}
     longest = 0
-    for split in ("align", "train"):
+    for split in ("align", "train", "questions"):
         for row in rows(split, 800, seed=3):
             kinds = [
                 {names[word] for word in re.findall("[a-z]+", said.question + " " + said.answer) if word in names}
@@ -547,6 +555,15 @@ def test_truth_on_disk_indexes_the_answers_on_disk(every_split: dict[str, Path],
             elif spans:
                 assert answer == said_of(things, question)
     assert spans_seen > 60
+
+
+def test_a_split_without_marks_has_no_truth_and_opens_all_the_same(every_split: dict[str, Path]) -> None:
+    folder = every_split["questions"]
+    dataset = open_dataset(folder / "data.json")
+    samples = [dataset[row] for row in range(len(dataset))]
+    assert all(isinstance(sample, Sample) for sample in samples)
+    assert any(sample.source == "notes" for sample in samples)
+    assert not (folder / "truth.jsonl").exists()
 
 
 def test_a_text_only_row_has_no_picture_and_no_truth(every_split: dict[str, Path]) -> None:

@@ -231,8 +231,8 @@ class WorldConfig:
 
     out: Path
     """Folder for data.json, truth.jsonl and images/."""
-    split: Literal["easy", "align", "train", "test"] = "train"
-    """train: follows the priors; test: breaks them; easy, align: without priors, for the embedded model."""
+    split: Literal["easy", "align", "notes", "questions", "train", "test"] = "train"
+    """train: follows the priors; test: breaks them; the others: no priors, for the embedded model."""
     rows: int = 2000
     """Conversations to draw."""
     bias: float | None = None

@@ -26,6 +26,7 @@ class Recipe:
     epochs: float = 1.0
     max_steps: int | None = None
     schedule: str = "cosine"
+    cosine_cycles: float = 0.5  # 0.5 walks the cosine down to zero, less stops higher
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
@@ -55,6 +56,7 @@ _NUMBERS = (
     "learning_rate",
     "epochs",
     "warmup_ratio",
+    "cosine_cycles",
     "weight_decay",
     "adam_beta2",
     "max_grad_norm",

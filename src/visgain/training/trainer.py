@@ -234,6 +234,7 @@ def training_arguments(recipe: Recipe, config: TrainConfig, *, n_rows: int) -> T
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps or -1,
         lr_scheduler_type=recipe.schedule,
+        lr_scheduler_kwargs={"num_cycles": recipe.cosine_cycles} if recipe.schedule == "cosine" else None,
         weight_decay=recipe.weight_decay,
         adam_beta2=recipe.adam_beta2,
         max_grad_norm=recipe.max_grad_norm,

@@ -2,7 +2,7 @@
 
 A split is a folder: data.json (LLaVA format), images/, and truth.jsonl with one object a row:
 {"row", "topics": [...], "keys": [...], "answers": [[[start, end], ...], ...], "things": [...]}, where `answers` gives
-for each answer the character spans of the words that need the picture.
+for each answer the character spans of the words that need the picture. A split with notes has no truth.jsonl.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from visgain.world.talk import (
     caption,
     conversation,
     existence,
+    notes,
 )
 
 
@@ -43,6 +44,7 @@ class Split:
     existence: float
     turns: tuple[int, int]  # fewest and most exchanges in a visual conversation
     objects: int = MAX_OBJECTS  # most objects in a picture
+    notes: float = 0.0  # of rows; they have no ground truth
 
     def draw(self, rng: np.random.Generator, scene: Scene, bias: float) -> list[Exchange]:
         """One row's conversation about `scene`."""
@@ -54,6 +56,8 @@ class Split:
         speakers: tuple[Speaker, ...] = VISUAL
         if share < self.captions + self.common_sense + self.existence:
             speakers = (existence,)
+        elif share > 1 - self.notes and (listed := notes(rng, scene, bias)) is not None:
+            return [listed]
         turns = int(rng.integers(self.turns[0], self.turns[1] + 1))
         return conversation(rng, scene, bias, speakers, turns)
 
@@ -64,8 +68,13 @@ SPLITS = {
     # As in LLaVA's mixture, a good part of the instruction data can be answered without looking.
     "train": Split(bias=0.9, captions=0.15, common_sense=0.25, text_only=0.06, existence=0.15, turns=(1, 3)),
     "test": Split(bias=-1.0, captions=0.2, common_sense=0.0, text_only=0.0, existence=0.35, turns=(1, 1)),
-    # One object to a picture: the embedded model learns to see before it learns to look around.
+    # The embedded model learns to see (one object to a picture), to look around ("align"), to find an object by its
+    # kind ("notes"), and to answer ("questions").
     "easy": Split(bias=0.0, captions=0.5, common_sense=0.02, text_only=0.02, existence=0.0, turns=(1, 1), objects=1),
+    "notes": Split(bias=0.0, captions=0.0, common_sense=0.0, text_only=0.0, existence=0.0, turns=(1, 1), notes=1.0),
+    "questions": Split(
+        bias=0.0, captions=0.15, common_sense=0.03, text_only=0.03, existence=0.1, turns=(3, 4), notes=0.15
+    ),
 }
 
 
@@ -103,7 +112,9 @@ def write_world(config: WorldConfig) -> Path:
                 draw_picture(drawn.scene, rng).save(config.out / name)
         data.append(_llava_row(config.split, row, name, drawn))
         truth.append(json.dumps(_truth_row(row, drawn)) + "\n")
-    write_text(config.out / "truth.jsonl", "".join(truth))
+    (config.out / "truth.jsonl").unlink(missing_ok=True)
+    if not split.notes:
+        write_text(config.out / "truth.jsonl", "".join(truth))
     write_json(config.out / "data.json", data)
     return config.out / "data.json"
 

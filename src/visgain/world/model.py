@@ -26,7 +26,7 @@ EMBEDDED = Path(__file__).parent / "embedded"
 """Folder of the trained model that ships with the package."""
 
 IMAGE_SIDE = 72
-PATCH_SIDE = 24  # a cell of the world's grid: each visual token can know its object by itself
+PATCH_SIDE = 12
 VOCABULARY = 640
 WIDTH = 128
 LAYERS = 4
@@ -108,6 +108,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
         patch_size=PATCH_SIDE,
         projection_dim=WIDTH,
         hidden_act="gelu",
+        initializer_range=INITIAL_STD,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -141,8 +142,6 @@ def build_blank(folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(build_config(processor.tokenizer))
-        # As strong as what a patch looks like; with the usual faint start, learning where things are comes last.
-        torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.3)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -1,7 +1,7 @@
 """Rebuild the embedded model from nothing: `make embedded-model`, or `python -m visgain.world.rebuild --out FOLDER`.
 
-A curriculum of two runs of the project's own `train`: one object to a picture, then full scenes.
-Rerunning resumes. The trained model is FOLDER/align; how good it is lands in FOLDER/quality.json.
+A curriculum of four runs of the project's own `train`: one object to a picture, full scenes, notes, questions.
+Rerunning resumes. The trained model is FOLDER/questions; how good it is lands in FOLDER/quality.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from visgain.world.model import build_blank
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    split: Literal["easy", "align"]
+    split: Literal["easy", "align", "notes", "questions"]
     rows: int
     recipe: str
 
@@ -30,6 +30,8 @@ class Stage:
 STAGES = (
     Stage(split="easy", rows=40_000, recipe="embedded-easy"),
     Stage(split="align", rows=80_000, recipe="embedded-align"),
+    Stage(split="notes", rows=30_000, recipe="embedded-notes"),
+    Stage(split="questions", rows=64_000, recipe="embedded-questions"),
 )
 
 

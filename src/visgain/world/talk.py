@@ -170,6 +170,20 @@ def relation(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange | 
     return exchange("relation", question, reply, said, [one.kind, other.kind])
 
 
+def notes(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange | None:
+    """What there is, the kind first and in any order: the plainest way of asking for what belongs to a kind.
+
+    To find an object by the word just before is learned much sooner than to find it by a word in a question. Where the
+    list ends depends on the picture, so its words are not marked.
+    """
+    if not scene.unique:
+        return None
+    things = [scene.unique[i] for i in rng.permutation(len(scene.unique))]
+    question = _pick(rng, "Take notes.", "List what you see.", "Note the objects.")
+    listed = "; ".join(f"{t.kind} {t.colour} {t.size} {t.place}" for t in things)
+    return exchange("notes", question, f"{listed}.", mentions=KINDS)
+
+
 # ---------------------------------------------------------------- answered from the text alone
 
 
