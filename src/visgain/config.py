@@ -31,7 +31,7 @@ class ScoreConfig:
     image_root: Path | None = None
     """Folder that the dataset's image paths are relative to [default: the dataset's folder]."""
     counterfactual: str = "blur"
-    """What replaces the real image: blur, mean, noise, shuffle, swap or none, with options as in blur:sigma=0.1."""
+    """What replaces the real image: blur, mean, noise, shuffle, swap or none, with options as in blur:sigma=0.2."""
     template: Literal["auto", "chat", "llava-1.5", "llava-1.5-align"] = "auto"
     """Conversation template and image preparation; auto takes the processor's chat template if it can."""
     max_length: int = 2048

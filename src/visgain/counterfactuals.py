@@ -20,7 +20,7 @@ from PIL import Image
 from visgain.errors import ConfigError
 from visgain.registry import Registry
 
-DEFAULT_BLUR_SIGMA = 0.1
+DEFAULT_BLUR_SIGMA = 0.2
 """Standard deviation of the default blur, relative to the shorter side of the picture."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

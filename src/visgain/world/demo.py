@@ -34,9 +34,9 @@ RECIPE = "embedded-tune"
 METRICS: list[dict[str, str]] = [
     {"key": "accuracy", "label": "accuracy", "better": "higher", "format": "percent"},
     {"key": "existence_accuracy", "label": "existence", "better": "higher", "format": "percent"},
-    {"key": "yes_rate", "label": "yes-rate", "better": "", "format": "percent"},
-    {"key": "hallucinated_objects", "label": "invented objects", "better": "lower", "format": "percent"},
-    {"key": "captions_with_hallucination", "label": "captions with any", "better": "lower", "format": "percent"},
+    {"key": "yes_rate", "label": "says yes", "better": "", "format": "percent"},
+    {"key": "hallucinated_objects", "label": "invented", "better": "lower", "format": "percent"},
+    {"key": "captions_with_hallucination", "label": "in captions", "better": "lower", "format": "percent"},
 ]
 """What the table shows of WorldMetrics. A yes-rate is good when it is near the true one, which is printed beside it."""
 
@@ -144,7 +144,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def _print(demo: dict[str, Any], report: Path) -> None:
     table = Table(title=f"Tested where the priors are broken (seed {demo['seed']})", title_justify="left")
     table.add_column("trained on", no_wrap=True)
-    for heading in ("rows", "active tokens", *(metric["label"] for metric in METRICS)):
+    for heading in ("rows", "tokens", *(metric["label"] for metric in METRICS)):
         table.add_column(heading, justify="right")
     for arm in demo["arms"]:
         values = [f"{100 * arm['metrics'][metric['key']]:.1f}%" for metric in METRICS]
@@ -153,8 +153,8 @@ def _print(demo: dict[str, Any], report: Path) -> None:
     console.print(table)
     true_rate = demo["arms"][0]["metrics"]["true_yes_rate"]
     console.print(
-        f"existence: right answers to existence questions; yes-rate: replies of yes, {100 * true_rate:.1f}% would be "
-        "right;\ninvented objects: named in captions and not there; captions with any: with at least one such.",
+        f"existence: right answers to existence questions; says yes: replies of yes, {100 * true_rate:.1f}% would be "
+        "right;\ninvented: named objects that are not there; in captions: captions that invent one or more.",
         highlight=False,
     )
     console.print(
