@@ -241,11 +241,11 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("blur:strength=1", "options of blur: sigma=0.1"),
-        ("blur:0.1", "options of blur: sigma=0.1"),
-        ("blur:sigma=0.1,sigma=0.2", "options of blur: sigma=0.1"),
-        ("blur:sigma=0.1,", "options of blur: sigma=0.1"),
-        ("blur:sigma=strong", "not float; options of blur: sigma=0.1"),
+        ("blur:strength=1", "options of blur: sigma=0.2"),
+        ("blur:0.1", "options of blur: sigma=0.2"),
+        ("blur:sigma=0.1,sigma=0.2", "options of blur: sigma=0.2"),
+        ("blur:sigma=0.1,", "options of blur: sigma=0.2"),
+        ("blur:sigma=strong", "not float; options of blur: sigma=0.2"),
         ("blur:sigma=0", "above 0"),
         ("blur:sigma=-1", "above 0"),
         ("blur:sigma=nan", "above 0"),
@@ -255,7 +255,7 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
         ("noise:step=1.5", "not int; options of noise: step=500"),
         ("shuffle:grid=1", "at least 2"),
         ("mean:sigma=1", "mean takes no options"),
-        ("blur:name=x", "options of blur: sigma=0.1"),
+        ("blur:name=x", "options of blur: sigma=0.2"),
     ],
 )
 def test_a_wrong_option_is_a_configuration_error_that_lists_the_right_ones(spec: str, expected: str) -> None:

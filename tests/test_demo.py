@@ -21,7 +21,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 def test_the_demo_trains_every_arm_for_equally_many_steps(demo: tuple[Path, dict]) -> None:
     arms = {arm["name"]: arm for arm in demo[1]["arms"]}
-    assert set(arms) == {"aligned (start)", *(arm.name for arm in ARMS)}
+    assert set(arms) == {"aligned", *(arm.name for arm in ARMS)}
     assert {arms[arm.name]["steps"] for arm in ARMS} == {8}
 
 

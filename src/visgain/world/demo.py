@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +37,7 @@ METRICS: list[dict[str, str]] = [
     {"key": "existence_accuracy", "label": "existence", "better": "higher", "format": "percent"},
     {"key": "yes_rate", "label": "says yes", "better": "", "format": "percent"},
     {"key": "hallucinated_objects", "label": "invented", "better": "lower", "format": "percent"},
-    {"key": "captions_with_hallucination", "label": "in captions", "better": "lower", "format": "percent"},
+    {"key": "captions_with_hallucination", "label": "captions", "better": "lower", "format": "percent"},
 ]
 """What the table shows of WorldMetrics. A yes-rate is good when it is near the true one, which is printed beside it."""
 
@@ -95,7 +96,7 @@ def token_auroc(scores: Path, truth: Path) -> float:
 def _aligned(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
     with _timed(seconds, "evaluate"):
         metrics = evaluate_world("embedded", out / "world/test", description="evaluating aligned")
-    return _row("aligned (start)", metrics, rows=0, active_tokens=0, steps=0, train_seconds=0.0)
+    return _row("aligned", metrics, rows=0, active_tokens=0, steps=0, train_seconds=0.0)
 
 
 def _run_arm(arm: Arm, config: DemoConfig, train: Path, seconds: dict[str, float]) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _print(demo: dict[str, Any], report: Path) -> None:
-    table = Table(title=f"Tested where the priors are broken (seed {demo['seed']})", title_justify="left")
+    table = Table(title=f"Tested where the priors are broken (seed {demo['seed']})", title_justify="left", box=box.SIMPLE)
     table.add_column("trained on", no_wrap=True)
     for heading in ("rows", "tokens", *(metric["label"] for metric in METRICS)):
         table.add_column(heading, justify="right")
@@ -154,7 +155,7 @@ def _print(demo: dict[str, Any], report: Path) -> None:
     true_rate = demo["arms"][0]["metrics"]["true_yes_rate"]
     console.print(
         f"existence: right answers to existence questions; says yes: replies of yes, {100 * true_rate:.1f}% would be "
-        "right;\ninvented: named objects that are not there; in captions: captions that invent one or more.",
+        "right;\ninvented: named objects that are not there; captions: those that invent one or more.",
         highlight=False,
     )
     console.print(
