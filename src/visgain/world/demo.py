@@ -143,7 +143,9 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _print(demo: dict[str, Any], report: Path) -> None:
-    table = Table(title=f"Tested where the priors are broken (seed {demo['seed']})", title_justify="left", box=box.SIMPLE)
+    table = Table(
+        title=f"Tested where the priors are broken (seed {demo['seed']})", title_justify="left", box=box.SIMPLE
+    )
     table.add_column("trained on", no_wrap=True)
     for heading in ("rows", "tokens", *(metric["label"] for metric in METRICS)):
         table.add_column(heading, justify="right")
