@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import processors
 
 from tiny_models import CHATML, SYSTEM, make_sample
 from visgain.data import open_dataset
@@ -104,6 +105,7 @@ def test_padding_gives_every_model_input_its_place(family: VLM) -> None:
     assert batch.inputs["pixel_values"].shape[0] == 2 * short.model_inputs["pixel_values"].shape[0]
     left = pad_batch([short, long], pad_id=0, side="left")
     assert left.inputs["input_ids"][0, -size:].tolist() == short.input_ids.tolist()
+    assert left.is_answer[0, -size:].tolist() == short.is_answer.tolist()
 
 
 def test_pictures_of_different_shape_are_refused_side_by_side(llava_next: VLM) -> None:
@@ -251,6 +253,18 @@ def test_a_model_without_template_and_profile_is_refused_with_the_flag_that_help
             make_encoder(llava_next)
     finally:
         llava_next.processor.chat_template = CHATML
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_tokenizer_that_adds_bos_does_not_double_the_templates(images: int, blank_model: Path) -> None:
+    vlm = load_vlm(str(blank_model))
+    bos = vlm.tokenizer.bos_token_id
+    vlm.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    assert vlm.tokenizer("x")["input_ids"][0] == bos
+    encoded = encode(make_encoder(vlm), make_sample("<image>\n" * images + "What?", "No.", images=images))
+    assert (encoded.input_ids == bos).sum() == 1
 
 
 def test_messages_keep_images_where_they_stand_in_the_text() -> None:

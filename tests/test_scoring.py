@@ -31,8 +31,6 @@ from visgain.vlm.load import VLM, load_vlm
 from visgain.vlm.logits import answer_logits
 from visgain.vlm.template import make_encoder
 
-COLUMNS = ("token_id", "turn", "char_start", "char_end", "nll_seen", "nll_blind")
-
 
 def config(model: Path, world: Path, out: Path, **options) -> ScoreConfig:
     return ScoreConfig(model=str(model), data=world / "data.json", out=out, **options)

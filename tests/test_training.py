@@ -203,6 +203,11 @@ def test_a_step_without_active_tokens_is_harmless(
     assert_same_weights(blank_model, tmp_path / "out")
 
 
+@pytest.mark.parametrize("n_active", [None, torch.tensor(0)])
+def test_the_loss_of_no_tokens_is_zero_and_not_nan(n_active: torch.Tensor | None) -> None:
+    assert reduce_loss(torch.zeros(0), n_active).item() == 0.0
+
+
 def test_active_tokens_are_logged(blank_model: Path, small_world: Path, scores: Path, tmp_path: Path) -> None:
     selection = select(scores, tmp_path / "selection", keep=50)
     done = run_train(train_config(blank_model, small_world, tmp_path / "out", selection=selection))

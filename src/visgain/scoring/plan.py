@@ -21,7 +21,7 @@ def plan_batches(lengths: Sequence[int], groups: Sequence[Hashable], batch_token
     Longest first, so that a batch too large for the memory fails at once and not after an hour. A sample longer than
     `batch_tokens` gets a batch of its own.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (hash_order(groups, i), -lengths[i], i))
+    order = sorted(range(len(lengths)), key=lambda i: (_group_order(groups, i), -lengths[i], i))
     batches: list[list[int]] = []
     for i in order:
         batch = batches[-1] if batches else []
@@ -33,6 +33,6 @@ def plan_batches(lengths: Sequence[int], groups: Sequence[Hashable], batch_token
     return sorted(batches, key=lambda batch: -lengths[batch[0]])
 
 
-def hash_order(groups: Sequence[Hashable], i: int) -> int:
+def _group_order(groups: Sequence[Hashable], i: int) -> int:
     """Position of the first sample of i's group: a stable order of groups that need not be comparable."""
     return groups.index(groups[i])
