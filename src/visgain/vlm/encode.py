@@ -219,8 +219,9 @@ def _answer_tokens(
         if first < 0:
             raise EncodingError(f"the template changed answer {number}, so its tokens cannot be located")
         first -= len(answer) - len(answer.lstrip())
-        # A token belongs to the answer if it begins inside the span; zero-width tokens do not.
-        inside = (offsets[:, 0] >= start) & (offsets[:, 0] < stop) & (offsets[:, 1] > offsets[:, 0])
+        # A token belongs to the answer if any of its characters does: many tokenizers join a word with the space before
+        # it, which the template may have put outside the span. Zero-width tokens do not.
+        inside = (offsets[:, 1] > start) & (offsets[:, 0] < stop) & (offsets[:, 1] > offsets[:, 0])
         is_answer |= inside
         turns.append(np.full(int(inside.sum()), number, dtype=np.int32))
         chars.append(np.clip(offsets[inside] - first, 0, len(answer)).astype(np.int32))

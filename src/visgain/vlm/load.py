@@ -6,14 +6,19 @@ Safetensors only, and no remote code unless asked for.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.models.auto import video_processing_auto
+from transformers.processing_utils import VideosKwargs
 
 import visgain
 from visgain.errors import ModelError
@@ -71,13 +76,57 @@ def _check_hub(name: str) -> None:
         raise ModelError(f"{name} is no folder here, and the hub does not give it: {_first_line(error)}") from error
 
 
+class NoVideos(ImageProcessingMixin):
+    """Stands where a processor class insists on a video processor, and keeps its settings for when it is saved again.
+
+    The real ones need torchvision and know no other backend, so they cannot be loaded beside PIL image processing.
+    """
+
+    model_input_names: ClassVar[list[str]] = []
+    valid_kwargs = VideosKwargs
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.settings = settings
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options: Any) -> NoVideos:
+        places = ("cache_dir", "force_download", "token", "revision", "local_files_only")
+        known = {key: options[key] for key in places if key in options}
+        return cls(video_processing_auto.get_video_processor_config(name, **known))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.settings)
+
+    def __call__(self, *videos: Any, **options: Any) -> NoReturn:
+        raise ModelError("visgain shows a model pictures, not videos")
+
+
+@contextmanager
+def no_videos() -> Iterator[None]:
+    """While it lasts, transformers loads NoVideos for every video processor, and its processors accept it."""
+    auto, check = video_processing_auto.AutoVideoProcessor, ProcessorMixin.check_argument_for_proper_class
+
+    def accept(self: ProcessorMixin, name: str, argument: Any) -> Any:
+        return NoVideos if isinstance(argument, NoVideos) else check(self, name, argument)
+
+    video_processing_auto.AutoVideoProcessor = NoVideos
+    ProcessorMixin.check_argument_for_proper_class = accept
+    try:
+        yield
+    finally:
+        video_processing_auto.AutoVideoProcessor = auto
+        ProcessorMixin.check_argument_for_proper_class = check
+
+
 def load_processor(name: str, *, trust_remote_code: bool = False) -> ProcessorMixin:
     """The processor of model `name`, with PIL image processing so that pictures are prepared alike on every machine."""
     source = resolve_model(name)
     if source == name and not Path(source).is_dir():
         _check_hub(name)
     try:
-        processor = AutoProcessor.from_pretrained(source, backend="pil", trust_remote_code=trust_remote_code)
+        with no_videos():
+            processor = AutoProcessor.from_pretrained(source, backend="pil", trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"cannot load the processor of {name}: {_first_line(error)}") from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):

@@ -1,0 +1,101 @@
+"""Every family of the zoo: scored exactly, supervised exactly, seeing, and the same again from disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tiny_models import make_sample
+from visgain.scoring.forward import answer_nll
+from visgain.types import Encoded
+from visgain.vlm.load import VLM, load_vlm
+from zoo import ZOO
+
+TWO = make_sample("<image>\nWhat is this?", "A red cup.", "Is there a dog?", "No, there is a cup.")
+
+
+@cache
+def built(name: str) -> VLM:
+    return ZOO[name].build()
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """Coarse random blocks: two of them differ at every scale that a model looks at."""
+    blocks = np.random.default_rng(seed).integers(0, 256, size=(3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
+
+
+def encode(name: str, sample=TWO, seed: int = 0, size: tuple[int, int] = (40, 30)) -> Encoded:
+    return ZOO[name].encode(built(name), sample, [picture(seed, size)])
+
+
+def naive_nll(vlm: VLM, encoded: Encoded) -> np.ndarray:
+    """Full logits at batch 1 from the model as it is: nothing of our head, batching or masks."""
+    ids = torch.from_numpy(encoded.input_ids)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **encoded.model_inputs}
+    with torch.no_grad():
+        logits = vlm.model(**inputs, use_cache=False).logits[0]
+    log_q = torch.log_softmax(logits.double(), dim=-1)
+    where = encoded.is_answer.nonzero()[0]
+    return -log_q[where - 1, encoded.input_ids[where]].numpy()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_family_scores_as_its_own_full_forward_does(name: str) -> None:
+    vlm, encoded = built(name), encode(name)
+    nll = answer_nll(vlm, [encoded])[0]
+    assert nll.dtype == np.float32
+    assert len(nll) == len(encoded.turn) > 10
+    assert np.allclose(nll, naive_nll(vlm, encoded), rtol=0, atol=2e-5)
+    assert 0.3 < nll.std() < 20, "nearly uniform, or nearly certain"
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_another_picture_changes_the_answer_and_the_same_does_not(name: str) -> None:
+    vlm = built(name)
+    one, again, other = (answer_nll(vlm, [encode(name, seed=seed)])[0] for seed in (0, 0, 1))
+    assert np.array_equal(one, again)
+    assert np.abs(one - other).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_an_answer_token_is_predicted_from_what_is_before_it_alone(name: str) -> None:
+    vlm = built(name)
+    encoded = encode(name)
+    ids = encoded.input_ids.copy()
+    cut = int(encoded.is_answer.nonzero()[0][len(encoded.turn) // 2])
+    later = encoded.is_answer.copy()
+    later[: cut + 1] = False
+    ids[later] = np.roll(ids[later], 1)
+    changed = replace(encoded, input_ids=ids)
+    before = int(encoded.is_answer[: cut + 1].sum())
+    one, other = answer_nll(vlm, [encoded])[0], answer_nll(vlm, [changed])[0]
+    assert np.allclose(one[:before], other[:before], rtol=0, atol=1e-5)
+    assert not np.allclose(one[before:], other[before:], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_supervised_tokens_are_the_answers_and_the_ends_of_turn_in_order(name: str) -> None:
+    vlm, encoded = built(name), encode(name)
+    for number, answer in enumerate(TWO.answers):
+        decoded = vlm.tokenizer.decode(encoded.token_id[encoded.turn == number]).removeprefix(" ")
+        assert decoded in [answer + end for end in ZOO[name].ends]
+    assert encoded.n_image_tokens > 0
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.processor])
+def test_a_saved_model_loads_to_the_same_numbers(name: str, tmp_path: Path) -> None:
+    vlm, encoded = built(name), encode(name)
+    vlm.model.save_pretrained(tmp_path)
+    vlm.processor.save_pretrained(tmp_path)
+    loaded = load_vlm(str(tmp_path), device="cpu")
+    again = ZOO[name].encode(loaded, TWO, [picture(0)])
+    assert np.array_equal(again.input_ids, encoded.input_ids)
+    assert np.array_equal(again.is_answer, encoded.is_answer)
+    assert np.allclose(answer_nll(loaded, [again])[0], answer_nll(vlm, [encoded])[0], rtol=0, atol=1e-6)
