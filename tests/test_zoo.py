@@ -15,8 +15,10 @@ from tiny_models import make_sample
 from visgain.scoring.forward import answer_nll
 from visgain.types import Encoded
 from visgain.vlm.load import VLM, load_vlm
+from visgain.vlm.template import make_encoder
 from zoo import ZOO
 
+SHORT = make_sample("<image>\nWhat is this?", "A dog.")
 TWO = make_sample("<image>\nWhat is this?", "A red cup.", "Is there a dog?", "No, there is a cup.")
 
 
@@ -99,3 +101,21 @@ def test_a_saved_model_loads_to_the_same_numbers(name: str, tmp_path: Path) -> N
     assert np.array_equal(again.input_ids, encoded.input_ids)
     assert np.array_equal(again.is_answer, encoded.is_answer)
     assert np.allclose(answer_nll(loaded, [again])[0], answer_nll(vlm, [encoded])[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_beside_a_longer_sample_the_numbers_are_the_same(name: str) -> None:
+    vlm = built(name)
+    short, long = encode(name, SHORT, seed=1), encode(name)
+    alone = [answer_nll(vlm, [encoded])[0] for encoded in (short, long)]
+    together = answer_nll(vlm, [short, long])
+    for one, other in zip(alone, together, strict=True):
+        assert np.allclose(one, other, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.processor])
+def test_a_sample_cut_short_scores_as_the_whole_did(name: str) -> None:
+    vlm, whole = built(name), encode(name)
+    cut = make_encoder(vlm, max_length=len(whole.input_ids) - 4).encode(TWO, [picture(0)])
+    assert cut.truncated
+    assert np.allclose(answer_nll(vlm, [cut])[0], answer_nll(vlm, [whole])[0][: len(cut.turn)], rtol=0, atol=2e-5)

@@ -30,9 +30,9 @@ class Batch:
 def signature(encoded: Encoded) -> tuple[Any, ...]:
     """Samples can share a batch only if their signatures are equal: same inputs, same shape of a picture."""
     return tuple(
-        (name, tuple(value.shape[1:]))
+        (name, tuple(value.shape[2 if name in PER_TOKEN_INPUTS else 1 :]))
         for name, value in sorted(encoded.model_inputs.items())
-        if isinstance(value, Tensor) and name not in PER_TOKEN_INPUTS
+        if isinstance(value, Tensor)
     )
 
 
@@ -59,12 +59,13 @@ def pad_batch(samples: Sequence[Encoded], pad_id: int, *, side: str = "right") -
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     for name in dict.fromkeys(name for sample in samples for name in sample.model_inputs):
         values = [sample.model_inputs.get(name) for sample in samples]
+        known = [value for value in values if isinstance(value, Tensor)]
         if name in PER_TOKEN_INPUTS:
-            padded = torch.zeros((len(samples), length), dtype=torch.int64)
+            padded = known[0].new_zeros((len(samples), length, *known[0].shape[2:]))
             for row, (value, span) in enumerate(zip(values, spans, strict=True)):
                 if value is not None:
                     padded[row, span] = value[0]
             inputs[name] = padded
         else:
-            inputs[name] = torch.cat([value for value in values if isinstance(value, Tensor)])
+            inputs[name] = torch.cat(known)
     return Batch(inputs=inputs, is_answer=is_answer)

@@ -275,8 +275,8 @@ def prompt_only(ids: np.ndarray, image_token_id: int, model_inputs: Mapping[str,
     )
 
 
-PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
-"""Model inputs of shape [1, T], one value a token, that must be cut and padded with the ids."""
+PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+"""Model inputs of shape [1, T, ...], one value a token, that must be cut and padded with the ids."""
 
 
 def without_end_of_turn(encoded: Encoded) -> Encoded:
