@@ -16,6 +16,8 @@ from transformers import (
     LlavaProcessor,
     Qwen2Config,
     SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -58,9 +60,8 @@ def llama_tokenizer():
     )
 
 
-def llava():
-    tokenizer = llama_tokenizer()
-    processor = LlavaProcessor(
+def llava_processor(tokenizer) -> LlavaProcessor:
+    return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_convert_rgb=True
         ),
@@ -70,13 +71,28 @@ def llava():
         num_additional_image_tokens=1,
         chat_template=VICUNA,
     )
+
+
+def llava():
+    tokenizer = llama_tokenizer()
     config = LlavaConfig(
         vision_config=clip(),
         text_config=LlamaConfig(**TEXT, **ids(tokenizer)),
         image_token_index=tokenizer.image_token_id,
         vision_feature_layer=-2,
     )
-    return LlavaForConditionalGeneration(config), processor
+    return LlavaForConditionalGeneration(config), llava_processor(tokenizer)
+
+
+def vipllava():
+    tokenizer = llama_tokenizer()
+    config = VipLlavaConfig(
+        vision_config=clip(),
+        text_config=LlamaConfig(**TEXT, **ids(tokenizer)),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layers=[-2, -1, 1],
+    )
+    return VipLlavaForConditionalGeneration(config), llava_processor(tokenizer)
 
 
 def llava_next():
@@ -132,6 +148,7 @@ def llava_onevision():
 
 ENTRIES = [
     Entry(name="llava", make=llava, ends=("</s>",)),
+    Entry(name="vipllava", make=vipllava, ends=("</s>",), note="features of several layers side by side"),
     Entry(name="llava_next", make=llava_next, ends=("</s>",), note="tiles; the token count depends on the size"),
     Entry(
         name="llava_onevision",
