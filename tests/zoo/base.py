@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class Entry:
     # Families whose processor cannot be built here: how a picture becomes text and inputs. Their `make` gives a
     # processor that has a tokenizer alone.
     picture: Callable[[VLM, Image], Pieces] | None = None
+    more: Callable[[VLM, Sample, Encoded], dict[str, Any]] | None = None  # inputs that depend on the text
     reload: str = ""  # why save_pretrained and load_vlm do not give the same model back, if they do not
     seed: int = 0
     strength: float = 1.0  # multiplies random weights
@@ -55,7 +56,10 @@ class Entry:
     def encode(self, vlm: VLM, sample: Sample, images: Sequence[Image]) -> Encoded:
         if self.picture is None:
             return make_encoder(vlm).encode(sample, list(images))
-        return encode_directly(vlm, sample, [self.picture(vlm, image) for image in images])
+        encoded = encode_directly(vlm, sample, [self.picture(vlm, image) for image in images])
+        if self.more is None:
+            return encoded
+        return replace(encoded, model_inputs={**encoded.model_inputs, **self.more(vlm, sample, encoded)})
 
 
 @torch.no_grad()

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor, SiglipVisionConfig
+import torch
+from PIL.Image import Image
+from transformers import (
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    GemmaConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    SiglipVisionConfig,
+)
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from zoo.base import TEXT, VISION, Entry, ids, spiece_tokenizer
+from visgain.types import Encoded, Sample
+from visgain.vlm.load import VLM
+from zoo.base import TEXT, VISION, Entry, Pieces, TokenizerOnly, ids, spiece_tokenizer
 
 GEMMA3 = (
     "{{ bos_token }}{% for message in messages %}"
@@ -54,6 +68,46 @@ def gemma3():
     return Gemma3ForConditionalGeneration(config), processor
 
 
+def paligemma(text: type, **options):
+    tokenizer = spiece_tokenizer(
+        ["<pad>", "<eos>", "<bos>", "<unk>", "<image>"],
+        {"image_token": "<image>"},
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+    )
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**VISION, image_size=12, patch_size=4, vision_use_head=False),
+        text_config=text(**TEXT, **ids(tokenizer), head_dim=8, **options),
+        image_token_index=tokenizer.image_token_id,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    return PaliGemmaForConditionalGeneration(config), TokenizerOnly(tokenizer)
+
+
+def paligemma2():
+    return paligemma(
+        Gemma2Config,
+        sliding_window=12,
+        layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=8.0,
+    )
+
+
+def nine_patches(vlm: VLM, image: Image) -> Pieces:
+    processor = SiglipImageProcessorPil(size={"height": 12, "width": 12})
+    return "<image>" * 9, dict(processor([image], return_tensors="pt"))
+
+
+def from_the_first_answer_on(vlm: VLM, sample: Sample, encoded: Encoded) -> dict[str, torch.Tensor]:
+    """0 where PaliGemma reads both ways, 1 where it writes."""
+    return {"token_type_ids": torch.from_numpy(encoded.is_answer).cumsum(0).clamp(max=1)[None]}
+
+
+NO_PALIGEMMA = "no processor: PaliGemmaProcessor writes BOS and a line break into the text, and has no chat template"
 ENTRIES = [
     Entry(
         name="gemma3",
@@ -61,5 +115,21 @@ ENTRIES = [
         ends=("<end_of_turn>\n",),
         note="image tokens see each other both ways (token_type_ids); windows of 12 tokens, less than a picture, in "
         "two of three layers; soft-capped logits; tied embeddings",
+    ),
+    Entry(
+        name="paligemma",
+        make=lambda: paligemma(GemmaConfig),
+        picture=nine_patches,
+        more=from_the_first_answer_on,
+        ends=("<eos>",),
+        note=f"all before the first answer is read both ways (token_type_ids 0); tied; {NO_PALIGEMMA}",
+    ),
+    Entry(
+        name="paligemma2",
+        make=paligemma2,
+        picture=nine_patches,
+        more=from_the_first_answer_on,
+        ends=("<eos>",),
+        note=f"as paligemma on Gemma 2: a window of 12 in one layer, soft-capped attention and logits; {NO_PALIGEMMA}",
     ),
 ]
