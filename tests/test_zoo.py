@@ -67,6 +67,19 @@ def test_another_picture_changes_the_answer_and_the_same_does_not(name: str) -> 
 
 
 @pytest.mark.parametrize("name", ZOO)
+def test_two_pictures_are_two_pictures(name: str) -> None:
+    vlm, entry = built(name), ZOO[name]
+    sample = make_sample("<image>\nWhat is this?", "A red cup.", "<image>And this?", "A dog.", images=2)
+    one, other = (entry.encode(vlm, sample, [picture(0), picture(seed)]) for seed in (1, 2))
+    assert one.n_image_tokens == 2 * encode(name).n_image_tokens
+    nll = answer_nll(vlm, [one])[0]
+    assert np.allclose(nll, naive_nll(vlm, one), rtol=0, atol=2e-5)
+    change = np.abs(nll - answer_nll(vlm, [other])[0])
+    assert change[one.turn == 1].max() > 1e-3
+    assert (change[one.turn == 0].max() > 1e-5) == entry.looks_ahead
+
+
+@pytest.mark.parametrize("name", ZOO)
 def test_an_answer_token_is_predicted_from_what_is_before_it_alone(name: str) -> None:
     vlm = built(name)
     encoded = encode(name)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers import PreTrainedTokenizerFast as Fast
 
 from visgain.types import IMAGE_MARK, Encoded, Sample
+from visgain.vlm.batch import concatenated
 from visgain.vlm.encode import finish
 from visgain.vlm.load import VLM, no_videos
 from visgain.vlm.template import make_encoder
@@ -37,6 +38,7 @@ class Entry:
     picture: Callable[[VLM, Image], Pieces] | None = None
     more: Callable[[VLM, Sample, Encoded], dict[str, Any]] | None = None  # inputs that depend on the text
     reload: str = ""  # why save_pretrained and load_vlm do not give the same model back, if they do not
+    looks_ahead: bool = False  # whether an answer depends on pictures after it
     seed: int = 0
     strength: float = 1.0  # multiplies random weights
     ends: tuple[str, ...] = ()  # what may follow an answer in its supervised text
@@ -178,9 +180,6 @@ def encode_directly(vlm: VLM, sample: Sample, pictures: Sequence[Pieces]) -> Enc
             chars += [*spans, (len(turn.text), len(turn.text))]
             turns += [number] * (len(spans) + 1)
             number += 1
-    inputs: dict[str, Any] = {}
-    for name in pictures[0][1] if pictures else ():
-        inputs[name] = torch.cat([one[name] for _, one in pictures])
     return finish(
         np.asarray(token_ids),
         np.asarray(is_answer),
@@ -188,5 +187,5 @@ def encode_directly(vlm: VLM, sample: Sample, pictures: Sequence[Pieces]) -> Enc
         np.asarray(chars, dtype=np.int32).reshape(-1, 2),
         vlm.image_token_id,
         2048,
-        inputs,
+        concatenated([inputs for _, inputs in pictures]),
     )

@@ -71,9 +71,9 @@ def queries(vlm: VLM, image: Image) -> Pieces:
 
 
 def instruction(vlm: VLM, sample: Sample, encoded: Encoded) -> dict[str, Any]:
-    """The first question without its picture: the Q-Former reads it too."""
+    """The first question without its picture, once a picture: the Q-Former reads it too."""
     text = sample.turns[0].text.replace("<image>", "").strip()
-    read = vlm.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    read = vlm.tokenizer([text] * len(sample.images), add_special_tokens=False, return_tensors="pt")
     return {"qformer_input_ids": read["input_ids"], "qformer_attention_mask": read["attention_mask"]}
 
 

@@ -61,6 +61,8 @@ ENTRIES = [
         name="mllama",
         make=mllama,
         ends=("<|eot_id|>",),
-        note="cross-attention: one image token, tiles seen by two of four layers by cross_attention_mask [1, T, ...]",
+        looks_ahead=True,
+        note="cross-attention: one image token, tiles seen by two of four layers by cross_attention_mask [1, T, ...]; "
+        "tokens before the first picture, which may see none, attend to all of all pictures",
     ),
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from visgain.errors import ModelError
 from visgain.types import Encoded
 from visgain.vlm.encode import PER_TOKEN_INPUTS
+from visgain.vlm.families import NUMBERED_INPUTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +59,23 @@ def pad_batch(samples: Sequence[Encoded], pad_id: int, *, side: str = "right") -
         attention_mask[row, span] = 1
         is_answer[row, span] = torch.from_numpy(sample.is_answer)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-    for name in dict.fromkeys(name for sample in samples for name in sample.model_inputs):
-        values = [sample.model_inputs.get(name) for sample in samples]
-        known = [value for value in values if isinstance(value, Tensor)]
-        if name in PER_TOKEN_INPUTS:
-            padded = known[0].new_zeros((len(samples), length, *known[0].shape[2:]))
-            for row, (value, span) in enumerate(zip(values, spans, strict=True)):
-                if value is not None:
-                    padded[row, span] = value[0]
-            inputs[name] = padded
-        else:
-            inputs[name] = torch.cat(known)
+    for row, (sample, span) in enumerate(zip(samples, spans, strict=True)):
+        for name in PER_TOKEN_INPUTS:
+            if (value := sample.model_inputs.get(name)) is not None:
+                padded = inputs.setdefault(name, value.new_zeros((len(samples), length, *value.shape[2:])))
+                padded[row, span] = value[0]
+    inputs |= concatenated([sample.model_inputs for sample in samples])
     return Batch(inputs=inputs, is_answer=is_answer)
+
+
+def concatenated(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The inputs that are not a value a token, of several samples one after the other."""
+    result = {}
+    for name in dict.fromkeys(name for inputs in samples for name in inputs if name not in PER_TOKEN_INPUTS):
+        values = [inputs[name] for inputs in samples if isinstance(inputs.get(name), Tensor)]
+        if name in NUMBERED_INPUTS:
+            sizes = [inputs[NUMBERED_INPUTS[name]].shape[:2].numel() for inputs in samples if name in inputs]
+            starts = itertools.accumulate(sizes[:-1], initial=0)
+            values = [torch.where(value < 0, value, value + start) for value, start in zip(values, starts, strict=True)]
+        result[name] = torch.cat(values)
+    return result

@@ -28,6 +28,9 @@ PART_PATHS = {
 PROFILES = {"llava": "llava-1.5"}
 """Model type -> template to use where the processor's own does not supervise the end of a turn."""
 
+NUMBERED_INPUTS = {"image_token_pooling": "pixel_values"}
+"""Inputs whose values number the rows of another input [crops, rows, ...] within one sample, from 0; -1 is none."""
+
 
 def part_modules(model: PreTrainedModel, part: str) -> list[nn.Module]:
     """The modules of `part` ("vision", "projector" or "language"). Raises ModelError if the model has none."""

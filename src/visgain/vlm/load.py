@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto import video_processing_auto
 from transformers.processing_utils import VideosKwargs
@@ -47,9 +47,10 @@ class VLM:
     def image_token_id(self) -> int:
         """The id that stands for image features in the model's input."""
         config = self.model.config
-        for name in ("image_token_id", "image_token_index"):
-            if getattr(config, name, None) is not None:
-                return int(getattr(config, name))
+        for place in (config, getattr(config, "vision_config", None)):
+            for name in ("image_token_id", "image_token_index"):
+                if getattr(place, name, None) is not None:
+                    return int(getattr(place, name))
         raise ModelError(f"{self.name}: the model's configuration names no image token; is it a vision-language model?")
 
 
@@ -76,7 +77,7 @@ def _check_hub(name: str) -> None:
         raise ModelError(f"{name} is no folder here, and the hub does not give it: {_first_line(error)}") from error
 
 
-class NoVideos(ImageProcessingMixin):
+class NoVideos(ImageProcessingMixin):  # type: ignore[misc]
     """Stands where a processor class insists on a video processor, and keeps its settings for when it is saved again.
 
     The real ones need torchvision and know no other backend, so they cannot be loaded beside PIL image processing.
@@ -140,7 +141,7 @@ def load_vlm(name: str, *, dtype: str = "float32", device: str = "auto", trust_r
     """Model and processor, on `device`, in eval mode. Raises ModelError with one line if that is impossible."""
     processor = load_processor(name, trust_remote_code=trust_remote_code)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = AutoModelForMultimodalLM.from_pretrained(
             resolve_model(name),
             dtype=getattr(torch, dtype),
             use_safetensors=True,
