@@ -9,16 +9,21 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
+    Gemma4AudioFeatureExtractor,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4Processor,
     GemmaConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     SiglipVisionConfig,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from visgain.types import Encoded, Sample
-from visgain.vlm.load import VLM
+from visgain.vlm.load import VLM, NoVideos
 from zoo.base import TEXT, VISION, Entry, Pieces, TokenizerOnly, ids, spiece_tokenizer
 
 GEMMA3 = (
@@ -68,6 +73,76 @@ def gemma3():
     return Gemma3ForConditionalGeneration(config), processor
 
 
+GEMMA4 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
+    "{% for item in message['content'] %}{% if item['type'] == 'image' %}{{ '<|image|>' }}"
+    "{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}"
+    "{{ '<turn|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
+)
+
+
+def gemma4():
+    named = {
+        "image_token": "<|image|>",
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "audio_token": "<|audio|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+    }
+    tokenizer = spiece_tokenizer(
+        ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|video|>", *named.values()],
+        named,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+    )
+    processor = Gemma4Processor(
+        feature_extractor=Gemma4AudioFeatureExtractor(),
+        image_processor=Gemma4ImageProcessorPil(patch_size=2, pooling_kernel_size=2, max_soft_tokens=70),
+        tokenizer=tokenizer,
+        video_processor=NoVideos({"video_processor_type": "Gemma4VideoProcessor"}),
+        chat_template=GEMMA4,
+        image_seq_length=70,
+    )
+    config = Gemma4Config(
+        vision_config={
+            **VISION,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 2,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+        },
+        audio_config=None,
+        text_config={
+            **TEXT,
+            **ids(tokenizer),
+            "num_hidden_layers": 4,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": len(tokenizer),
+            "use_bidirectional_attention": "vision",
+            "final_logit_softcapping": 8.0,
+        },
+        image_token_id=tokenizer.image_token_id,
+        boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id,
+        audio_token_id=tokenizer.audio_token_id,
+        boa_token_id=tokenizer.boa_token_id,
+        eoa_token_index=tokenizer.eoa_token_id,
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+    )
+    return Gemma4ForConditionalGeneration(config), processor
+
+
 def paligemma(text: type, **options):
     tokenizer = spiece_tokenizer(
         ["<pad>", "<eos>", "<bos>", "<unk>", "<image>"],
@@ -115,6 +190,12 @@ ENTRIES = [
         ends=("<end_of_turn>\n",),
         note="image tokens see each other both ways (token_type_ids); windows of 12 tokens, less than a picture, in "
         "two of three layers; soft-capped logits; tied embeddings",
+    ),
+    Entry(
+        name="gemma4",
+        make=gemma4,
+        ends=("<turn|>\n",),
+        note="as gemma3; also keys and values shared between layers, heads of two sizes, an embedding for each layer",
     ),
     Entry(
         name="paligemma",

@@ -9,8 +9,12 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -98,24 +102,67 @@ def qwen2_5_vl():
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
+QWEN3_VISION = {
+    "depth": 3,
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": PATCH,
+    "num_position_embeddings": 36,
+}
+QWEN3_TEXT = {
+    **TEXT,
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "rope_parameters": {**ROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+}
+HALVES = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
 def qwen3_vl():
-    tokenizer, processor = tokenizer_and_processor(Qwen3VLProcessor, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    rope = {**ROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    tokenizer, processor = tokenizer_and_processor(Qwen3VLProcessor, **HALVES)
     config = Qwen3VLConfig(
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "out_hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": PATCH,
-            "num_position_embeddings": 36,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        text_config={**TEXT, **ids(tokenizer), "num_hidden_layers": 3, "head_dim": 16, "rope_parameters": rope},
+        vision_config={**QWEN3_VISION, "deepstack_visual_indexes": [0, 1]},
+        text_config={**QWEN3_TEXT, **ids(tokenizer)},
         **special(tokenizer),
     )
     return Qwen3VLForConditionalGeneration(config), processor
+
+
+def qwen3_vl_moe():
+    tokenizer, processor = tokenizer_and_processor(Qwen3VLProcessor, **HALVES)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
+    config = Qwen3VLMoeConfig(
+        vision_config={**QWEN3_VISION, "deepstack_visual_indexes": [0, 1]},
+        text_config={**QWEN3_TEXT, **experts, **ids(tokenizer)},
+        **special(tokenizer),
+    )
+    return Qwen3VLMoeForConditionalGeneration(config), processor
+
+
+def qwen3_5():
+    tokenizer, processor = tokenizer_and_processor(Qwen3VLProcessor, **HALVES)
+    config = Qwen3_5Config(
+        vision_config=QWEN3_VISION,
+        text_config={
+            **QWEN3_TEXT,
+            **ids(tokenizer),
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": {
+                **ROPE,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        **special(tokenizer),
+    )
+    return Qwen3_5ForConditionalGeneration(config), processor
 
 
 ENDS = ("<|im_end|>\n",)
@@ -127,5 +174,12 @@ ENTRIES = [
         make=qwen3_vl,
         ends=ENDS,
         note="interleaved M-RoPE, q/k norms, and deepstack: vision features added to the first layers' image tokens",
+    ),
+    Entry(name="qwen3_vl_moe", make=qwen3_vl_moe, ends=ENDS, note="as qwen3_vl, experts in all layers but the first"),
+    Entry(
+        name="qwen3_5",
+        make=qwen3_5,
+        ends=ENDS,
+        note="linear attention (gated delta rule, convolution) in two of three layers: a state instead of a mask",
     ),
 ]
