@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from PIL import Image
 
 from tiny_models import make_sample
+from visgain.errors import ModelError
 from visgain.scoring.forward import answer_nll
 from visgain.types import Encoded
-from visgain.vlm.load import VLM, load_vlm
+from visgain.vlm.load import VLM, load_processor, load_vlm
 from visgain.vlm.template import make_encoder
 from zoo import ZOO
 
@@ -132,3 +134,19 @@ def test_a_sample_cut_short_scores_as_the_whole_did(name: str) -> None:
     cut = make_encoder(vlm, max_length=len(whole.input_ids) - 4).encode(TWO, [picture(0)])
     assert cut.truncated
     assert np.allclose(answer_nll(vlm, [cut])[0], answer_nll(vlm, [whole])[0][: len(cut.turn)], rtol=0, atol=2e-5)
+
+
+def test_settings_for_videos_survive_though_no_video_is_ever_read(tmp_path: Path) -> None:
+    vlm = built("qwen3_vl")
+    vlm.processor.save_pretrained(tmp_path / "one")
+    vlm.model.config.save_pretrained(tmp_path / "one")
+    path = tmp_path / "one/processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["video_processor"] = {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 3}
+    path.write_text(json.dumps(settings))
+    processor = load_processor(str(tmp_path / "one"))
+    assert processor.video_processor.fps == 3
+    with pytest.raises(ModelError, match="not videos"):
+        processor(text=["<|video_pad|>"], videos=[np.zeros((2, 16, 16, 3), np.uint8)])
+    processor.save_pretrained(tmp_path / "other")
+    assert json.loads((tmp_path / "other/processor_config.json").read_text()) == settings

@@ -275,7 +275,7 @@ def prompt_only(ids: np.ndarray, image_token_id: int, model_inputs: Mapping[str,
     )
 
 
-PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "cross_attention_mask")
 """Model inputs of shape [1, T, ...], one value a token, that must be cut and padded with the ids."""
 
 

@@ -96,6 +96,12 @@ class NoVideos(ImageProcessingMixin):  # type: ignore[misc]
         known = {key: options[key] for key in places if key in options}
         return cls(video_processing_auto.get_video_processor_config(name, **known))
 
+    def __getattr__(self, name: str) -> Any:
+        """Some processors read their video processor's settings even if there is no video."""
+        if name == "settings" or name not in self.settings:
+            raise AttributeError(name)
+        return self.settings[name]
+
     def to_dict(self) -> dict[str, Any]:
         return dict(self.settings)
 
