@@ -8,7 +8,7 @@ still applies, and it needs nothing from the model but the usual forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,16 +61,44 @@ def _head_at(head: nn.Module, positions: Bool[Tensor, "B T"]) -> Iterator[None]:
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0][positions], *args[1:])
 
-    def in_float32(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if output.dtype == torch.float32 or not isinstance(module, nn.Linear):
-            return output
-        bias = None if module.bias is None else module.bias.float()
-        with torch.autocast(output.device.type, enabled=False):
-            return nn.functional.linear(args[0].float(), module.weight.float(), bias)
+    handle = head.register_forward_pre_hook(select)
+    try:
+        with float32_head(head):
+            yield
+    finally:
+        handle.remove()
 
-    handles = [head.register_forward_pre_hook(select), head.register_forward_hook(in_float32)]
+
+@contextmanager
+def float32_head(head: nn.Module) -> Iterator[None]:
+    """Let a linear `head` compute in float32 whatever its weights and its input are. Other heads are left alone."""
+    if not isinstance(head, nn.Linear):
+        yield
+        return
+    with replaced_forward(head, lambda states: _linear_float32(states, head.weight, head.bias)):
+        yield
+
+
+def _linear_float32(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.float()
+    with torch.autocast(states.device.type, enabled=False):
+        if states.is_cuda and states.dtype == weight.dtype != torch.float32 and not torch.is_grad_enabled():
+            # A product of 16-bit numbers, summed and returned in float32; there is no such kernel on CPU.
+            logits: Tensor = torch.mm(states.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+            logits = logits.view(*states.shape[:-1], -1)
+            return logits if bias is None else logits + bias
+        return nn.functional.linear(states.float(), weight.float(), bias)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `module` run `forward` in place of its own. Hooks on the module run as ever."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
