@@ -14,7 +14,7 @@ from torch import Tensor
 from visgain.errors import ModelError
 from visgain.types import Encoded
 from visgain.vlm.encode import PER_TOKEN_INPUTS
-from visgain.vlm.families import NUMBERED_INPUTS
+from visgain.vlm.families import NUMBERED_INPUTS, PACKED_INPUTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,14 @@ class Batch:
 
 def signature(encoded: Encoded) -> tuple[Any, ...]:
     """Samples can share a batch only if their signatures are equal: same inputs, same shape of a picture."""
-    return tuple(
-        (name, tuple(value.shape[2 if name in PER_TOKEN_INPUTS else 1 :]))
-        for name, value in sorted(encoded.model_inputs.items())
-        if isinstance(value, Tensor)
-    )
+
+    def shape(name: str, value: Tensor) -> tuple[int, ...]:
+        if name in _packed(encoded.model_inputs):
+            return tuple(value.shape[1:-1])
+        return tuple(value.shape[2 if name in PER_TOKEN_INPUTS else 1 :])
+
+    inputs = sorted(encoded.model_inputs.items())
+    return tuple((name, shape(name, value)) for name, value in inputs if isinstance(value, Tensor))
 
 
 def pad_batch(samples: Sequence[Encoded], pad_id: int, *, side: str = "right") -> Batch:
@@ -77,5 +80,11 @@ def concatenated(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             sizes = [inputs[NUMBERED_INPUTS[name]].shape[:2].numel() for inputs in samples if name in inputs]
             starts = itertools.accumulate(sizes[:-1], initial=0)
             values = [torch.where(value < 0, value, value + start) for value, start in zip(values, starts, strict=True)]
-        result[name] = torch.cat(values)
+        packed = any(name in _packed(inputs) for inputs in samples)
+        result[name] = torch.cat(values, dim=-1 if packed else 0)
     return result
+
+
+def _packed(inputs: Mapping[str, Any]) -> set[str]:
+    """Names of the inputs that hold all pictures in one row."""
+    return {row for sizes, row in PACKED_INPUTS.items() if sizes in inputs}

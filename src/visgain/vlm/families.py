@@ -31,6 +31,9 @@ PROFILES = {"llava": "llava-1.5"}
 NUMBERED_INPUTS = {"image_token_pooling": "pixel_values"}
 """Inputs whose values number the rows of another input [crops, rows, ...] within one sample, from 0; -1 is none."""
 
+PACKED_INPUTS = {"target_sizes": "pixel_values"}
+"""Where a sample has the first input, the second holds all its pictures in one row, [1, ..., length] (MiniCPM-V)."""
+
 
 def part_modules(model: PreTrainedModel, part: str) -> list[nn.Module]:
     """The modules of `part` ("vision", "projector" or "language"). Raises ModelError if the model has none."""
