@@ -150,3 +150,24 @@ def test_settings_for_videos_survive_though_no_video_is_ever_read(tmp_path: Path
         processor(text=["<|video_pad|>"], videos=[np.zeros((2, 16, 16, 3), np.uint8)])
     processor.save_pretrained(tmp_path / "other")
     assert json.loads((tmp_path / "other/processor_config.json").read_text()) == settings
+
+
+# mllama: refused, as the test below says; BLIP: the model takes no text without a picture
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("mllama", "blip-2", "instructblip")])
+def test_a_row_without_pictures_goes_beside_one_with(name: str) -> None:
+    vlm = built(name)
+    seeing, blind = encode(name), ZOO[name].encode(vlm, make_sample("Who?", "A red dog.", images=0), [])
+    together = answer_nll(vlm, [blind, seeing])
+    for one, other in zip([blind, seeing], together, strict=True):
+        assert np.allclose(answer_nll(vlm, [one])[0], other, rtol=0, atol=2e-5)
+
+
+def test_a_row_without_pictures_is_refused_where_it_would_see_its_neighbours() -> None:
+    blind = ZOO["mllama"].encode(built("mllama"), make_sample("Who?", "A red dog.", images=0), [])
+    with pytest.raises(ModelError, match="in one batch"):
+        answer_nll(built("mllama"), [blind, encode("mllama")])
+
+
+def test_llavas_own_template_is_refused_for_a_model_that_is_no_llava() -> None:
+    with pytest.raises(ModelError, match="Idefics3Processor is not LLaVA's"):
+        make_encoder(built("idefics3"), "llava-1.5")

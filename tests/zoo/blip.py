@@ -72,6 +72,8 @@ def queries(vlm: VLM, image: Image) -> Pieces:
 
 def instruction(vlm: VLM, sample: Sample, encoded: Encoded) -> dict[str, Any]:
     """The first question without its picture, once a picture: the Q-Former reads it too."""
+    if not sample.images:
+        return {}
     text = sample.turns[0].text.replace("<image>", "").strip()
     read = vlm.tokenizer([text] * len(sample.images), add_special_tokens=False, return_tensors="pt")
     return {"qformer_input_ids": read["input_ids"], "qformer_attention_mask": read["attention_mask"]}

@@ -37,18 +37,23 @@ def signature(encoded: Encoded) -> tuple[Any, ...]:
             return tuple(value.shape[1:-1])
         return tuple(value.shape[2 if name in PER_TOKEN_INPUTS else 1 :])
 
-    inputs = sorted(encoded.model_inputs.items())
-    return tuple((name, shape(name, value)) for name, value in inputs if isinstance(value, Tensor))
+    inputs = {name: value for name, value in encoded.model_inputs.items() if isinstance(value, Tensor)}
+    if not inputs.keys() - set(PER_TOKEN_INPUTS):
+        return ()  # no picture
+    return tuple((name, shape(name, value)) for name, value in sorted(inputs.items()))
 
 
 def pad_batch(samples: Sequence[Encoded], pad_id: int, *, side: str = "right") -> Batch:
     """Pad `samples` to the longest. Per-token inputs are padded with 0, the others concatenated.
 
     Right padding leaves every real token's attention and position as if it were alone. Raises ModelError if the samples
-    have pictures that the model takes in different shapes (text-only samples go with any).
+    have pictures that the model takes in different shapes. Text-only samples go with any, unless the model sees by
+    cross-attention: there a picture belongs to a row by its number.
     """
-    if len({signature(sample) for sample in samples if sample.model_inputs}) > 1:
+    if len({signature(sample) for sample in samples} - {()}) > 1:
         raise ModelError("the pictures of these rows have different shapes for this model; use --micro-batch 1")
+    if 0 < sum("cross_attention_mask" in sample.model_inputs for sample in samples) < len(samples):
+        raise ModelError("this model cannot take rows with pictures and rows without in one batch; use --micro-batch 1")
     length = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.full((len(samples), length), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros((len(samples), length), dtype=torch.int64)

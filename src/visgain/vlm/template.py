@@ -16,6 +16,8 @@ def make_encoder(vlm: VLM, template: str = "auto", max_length: int = 2048) -> En
     family, else the chat template as it is. Raises ModelError if none can locate the answers.
     """
     options = {"processor": vlm.processor, "image_token_id": vlm.image_token_id, "max_length": max_length}
+    if template.startswith("llava-1.5") and not hasattr(vlm.processor, "patch_size"):
+        raise ModelError(f"{type(vlm.processor).__name__} is not LLaVA's, so --template {template} cannot be used")
     if template == "llava-1.5":
         return LlavaEncoder(**options)
     if template == "llava-1.5-align":
