@@ -16,6 +16,7 @@ from tiny_models import make_sample
 from visgain.errors import ModelError
 from visgain.scoring.forward import answer_nll
 from visgain.types import Encoded
+from visgain.vlm.batch import signature
 from visgain.vlm.load import VLM, load_processor, load_vlm
 from visgain.vlm.template import make_encoder
 from zoo import ZOO
@@ -126,6 +127,18 @@ def test_beside_a_longer_sample_the_numbers_are_the_same(name: str) -> None:
     together = answer_nll(vlm, [short, long])
     for one, other in zip(alone, together, strict=True):
         assert np.allclose(one, other, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_pictures_of_different_shape_go_together_or_are_refused(name: str) -> None:
+    vlm = built(name)
+    tall, wide = encode(name, SHORT, seed=1, size=(24, 40)), encode(name)
+    if signature(tall) != signature(wide):
+        with pytest.raises(ModelError, match="different shapes"):
+            answer_nll(vlm, [tall, wide])
+        return
+    for one, other in zip([tall, wide], answer_nll(vlm, [tall, wide]), strict=True):
+        assert np.allclose(answer_nll(vlm, [one])[0], other, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.processor])
