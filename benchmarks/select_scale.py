@@ -121,7 +121,7 @@ def select_in_a_loop(scores: Path, out: Path) -> None:
             continue
         kept.append({name: sample[name] for name in SELECTION_SCHEMA.names})
     table = pa.Table.from_pylist(kept, schema=SELECTION_SCHEMA)
-    write_selection(out, table, {"tau": tau, "token_tau": tau, "keep_percent": KEEP})
+    write_selection(out, [table], {"tau": tau, "token_tau": tau, "keep_percent": KEEP})
 
 
 def rule_alone(scores: Path) -> tuple[float, float]:

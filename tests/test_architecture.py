@@ -16,7 +16,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 import visgain
-from visgain.selection import threshold
+from visgain.rules import kept_count
 from visgain.types import Encoded, Selection, TokenScores
 from visgain.vlm.logits import token_nll
 
@@ -133,8 +133,8 @@ def test_functions_on_tensors_are_checked_too() -> None:
 
 
 def test_types_without_shapes_are_checked_too() -> None:
-    assert threshold(np.array([1.0, 2.0]), 50) == 2.0  # an int is a number where a float is wanted
+    assert kept_count(2, 50) == 1  # an int is a number where a float is wanted
     with pytest.raises(TypeCheckError):
-        threshold([1.0, 2.0], 50.0)  # type: ignore[arg-type]
+        kept_count("2", 50.0)  # type: ignore[arg-type]
     with pytest.raises(TypeCheckError):
         Selection(tau=0.0, token_tau=0.0, keep_percent="70", rows=np.arange(2), keep=())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Selection against a naive reference in plain Python, its invariants, and what it says about bad input."""
+"""Selection from files to files: against a naive reference, whatever the parts, and what it says about bad input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +14,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 
-from visgain import storage
+from tiny_scores import (
+    Record,
+    answers,
+    mixed_records,
+    naive,
+    patient,
+    percents,
+    scored,
+    text_only,
+    write_scores,
+)
+from visgain import columns, spill, storage
 from visgain.config import SelectConfig
 from visgain.errors import ConfigError, DataError, StorageError
-from visgain.selection import Pool, choose, kept_count, run_select, selection_report, threshold
+from visgain.selection import run_select, selection_report
 from visgain.types import Selection, Skipped, TokenScores
-
-Record = TokenScores | Skipped
-
-
-def scored(
-    row: int, gains: Sequence[float], *, source: str = "coco", widths: Sequence[int] | None = None
-) -> TokenScores:
-    """A multimodal row whose tokens have these gains (exactly, if they are float32); the last one ends the turn."""
-    blind = np.asarray(gains, np.float32)
-    return record_of(row, len(gains), widths, source=source, nll_seen=np.zeros_like(blind), nll_blind=blind)
-
-
-def text_only(row: int, n_tokens: int, *, source: str = "text") -> TokenScores:
-    none = np.zeros(0, np.float32)
-    return record_of(row, n_tokens, None, source=source, nll_seen=none, nll_blind=none)
-
-
-def record_of(row: int, n_tokens: int, widths: Sequence[int] | None, **fields: Any) -> TokenScores:
-    width = np.asarray([2] * (n_tokens - 1) + [0] if widths is None else widths, np.int32)
-    starts = (np.cumsum(width) - width).astype(np.int32)
-    return TokenScores(
-        row=row,
-        id=f"id{row}",
-        fingerprint=1000 + row,
-        n_images=int(len(fields["nll_seen"]) > 0),
-        n_image_tokens=9,
-        n_prompt_tokens=20 + row,
-        truncated=False,
-        token_id=np.arange(row, row + n_tokens, dtype=np.int32),
-        turn=np.zeros(n_tokens, np.int32),
-        chars=np.stack([starts, starts + width], axis=1),
-        **fields,
-    )
-
-
-def write_scores(folder: Path, records: Sequence[Record], n_parts: int = 2) -> Path:
-    storage.claim_run(folder, {"model": "m", "template": "chat"}, {"n_parts": n_parts})
-    for index in range(n_parts):
-        storage.write_part(folder, index, n_parts, storage.score_table(records[index::n_parts]))
-    return folder
 
 
 def select(folder: Path, records: Sequence[Record], **options: Any) -> tuple[dict[str, Any], Selection]:
@@ -76,152 +45,7 @@ def masks(selection: Selection) -> dict[int, list[bool]]:
     return dict(zip(selection.rows.tolist(), [keep.tolist() for keep in selection.keep], strict=True))
 
 
-def mixed_records() -> list[Record]:
-    rng = np.random.default_rng(5)
-    records: list[Record] = []
-    for row in range(60):
-        if row % 10 == 3:
-            records.append(text_only(row, 1 + row % 4))
-        elif row % 20 == 7:
-            records.append(Skipped(row=row, id="x", reason=f"no image {row % 2}", source="vg", n_images=1))
-        else:
-            gains = rng.normal(0.2, 1.0, 1 + rng.integers(12))
-            records.append(scored(row, gains, source=("coco", "gqa")[row % 2]))
-    return records
-
-
-# ---------------------------------------------------------------- the naive reference
-
-
-def naive_tau(values: Sequence[float], percent: float) -> float:
-    k = math.ceil(Fraction(str(percent)) / 100 * len(values))
-    return sorted(values, reverse=True)[k - 1]
-
-
-def naive(records: Sequence[Record], percent: float) -> tuple[float, dict[int, list[bool]]]:
-    """The paper's rule, row by row, with Python's own numbers."""
-    measured = [record for record in records if isinstance(record, TokenScores)]
-    tau = naive_tau([record.mean_gain for record in measured if record.n_images], percent)
-    kept = {}
-    for record in measured:
-        if record.n_images == 0:
-            kept[record.row] = [True] * len(record.token_id)
-        elif record.mean_gain >= tau:
-            kept[record.row] = [float(gain) >= tau for gain in record.gain]
-    return tau, kept
-
-
-# Few distinct values, so that ties at tau are frequent; or any float32, so that rounding has its chance.
-token_gains = st.one_of(
-    st.sampled_from([-1.0, -0.5, 0.0, 0.25, 0.5, 1.5]),
-    st.floats(-100, 100, width=32, allow_nan=False),
-)
-answers = st.lists(st.lists(token_gains, min_size=1, max_size=6), min_size=1, max_size=12)
-patient = settings(deadline=None, max_examples=60)  # a busy machine is not a failure
-percents = st.one_of(st.sampled_from([10, 30, 50, 70, 90, 100]), st.floats(0.01, 100))
-
-
-def pool_of(gains: Sequence[Sequence[float]]) -> Pool:
-    records = [scored(row, answer) for row, answer in enumerate(gains)]
-    return Pool(
-        gain=np.array([record.mean_gain for record in records]),
-        length=np.array([len(answer) for answer in gains]),
-        token_gain=np.concatenate([record.gain for record in records]),
-        end_of_turn=np.zeros(sum(map(len, gains)), bool),
-    )
-
-
-def config(**options: Any) -> SelectConfig:
-    return SelectConfig(scores=Path("scores"), out=Path("out"), **options)
-
-
-# ---------------------------------------------------------------- the quantile rule
-
-
-@pytest.mark.parametrize(
-    ("n", "percent", "count"),
-    [
-        (10, 70, 7),
-        (10, 70.0, 7),
-        (10, 70.1, 8),
-        (100, 7, 7),
-        (100, 56.0, 56),
-        (1000, 0.1, 1),
-        (3, 0.01, 1),
-        (7, 100, 7),
-    ],
-)
-def test_the_number_kept_is_exact_in_decimals(n: int, percent: float, count: int) -> None:
-    assert kept_count(n, percent) == count
-
-
-@patient
-@given(st.lists(token_gains, min_size=1), percents)
-def test_tau_is_the_kth_largest_value(values: list[float], percent: float) -> None:
-    assert threshold(np.array(values), percent) == naive_tau(values, percent)
-
-
-def test_ties_at_tau_are_kept() -> None:
-    values = np.array([3.0, 1.0, 1.0, 1.0, 0.0])
-    tau = threshold(values, 40)
-    assert tau == 1.0
-    assert (values >= tau).sum() == 4
-
-
-def test_values_that_cannot_be_ranked_are_refused_by_position() -> None:
-    with pytest.raises(DataError, match="not finite, at 1, 3"):
-        threshold(np.array([0.0, np.nan, 1.0, np.inf]), 50)
-    with pytest.raises(DataError, match="nothing to rank"):
-        threshold(np.zeros(0), 50)
-
-
-@pytest.mark.parametrize("percent", [0, -1, 100.1, float("nan")])
-def test_a_share_outside_of_0_to_100_is_refused(percent: float) -> None:
-    with pytest.raises(ConfigError, match="above 0 and at most 100"):
-        threshold(np.ones(3), percent)
-
-
 # ---------------------------------------------------------------- the paper's rule
-
-
-@patient
-@given(answers, percents)
-def test_sample_and_token_equals_the_naive_reference(gains: list[list[float]], percent: float) -> None:
-    tau, kept = naive([scored(row, answer) for row, answer in enumerate(gains)], percent)
-    choice = choose(pool_of(gains), config(keep=percent))
-    assert choice.tau == choice.token_tau == tau
-    expected = [kept.get(row, [False] * len(answer)) for row, answer in enumerate(gains)]
-    assert choice.active.tolist() == [active for answer in expected for active in answer]
-    assert choice.chosen.tolist() == [row in kept for row in range(len(gains))]
-
-
-@patient
-@given(answers, percents)
-def test_a_kept_sample_always_keeps_a_token(gains: list[list[float]], percent: float) -> None:
-    pool = pool_of(gains)
-    choice = choose(pool, config(keep=percent))
-    active = np.split(choice.active, np.cumsum(pool.length)[:-1])
-    assert choice.chosen.any()
-    assert [bool(tokens.any()) for tokens in active] == choice.chosen.tolist()
-
-
-@pytest.mark.parametrize("by", ["sample+token", "sample", "token", "column:x"])
-@patient
-@given(gains=answers, percent=percents, more=percents)
-def test_a_larger_share_keeps_a_superset(by: str, gains: list[list[float]], percent: float, more: float) -> None:
-    pool = pool_of(gains)
-    ranking = pool.gain[::-1].copy() if by == "column:x" else None
-    few, many = (choose(pool, config(keep=keep, by=by), ranking) for keep in sorted([percent, more]))
-    assert not (few.active & ~many.active).any()
-    assert not (few.chosen & ~many.chosen).any()
-
-
-def test_a_token_is_compared_with_tau_itself_and_not_with_its_float32() -> None:
-    # The mean of the first sample lies between two float32 numbers and is rounded down to the token's gain.
-    low, high = np.float32(1), np.nextafter(np.float32(1), np.float32(2))
-    choice = choose(pool_of([[low, low, high], [0.0]]), config(keep=50))
-    assert float(low) < choice.tau < float(high)
-    assert choice.active.tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("percent", [12.5, 30, 50, 70, 100])
@@ -246,6 +70,68 @@ def test_any_scores_written_and_read_back_give_the_naive_selection(gains: list[l
     with tempfile.TemporaryDirectory() as folder:
         _, selection = select(Path(folder), records, keep=percent)
     assert masks(selection) == naive(records, percent)[1]
+
+
+# ---------------------------------------------------------------- parts
+
+
+EVERY_RULE: list[dict[str, Any]] = [
+    {},
+    {"by": "sample"},
+    {"by": "token", "keep": 40},
+    {"by": "random", "seed": 3},
+    {"by": "random", "end_of_turn": "keep"},
+    {"by": "column:n_prompt_tokens"},
+    {"by": "column:worth", "table": Path("worth.csv")},
+    {"keep_tokens": 25},
+    {"by": "token", "keep_tokens": 60, "end_of_turn": "keep"},
+    {"end_of_turn": "drop", "keep": 10},
+]
+
+
+def scatter(folder: Path, records: Sequence[Record], n_parts: int, rng: np.random.Generator) -> Path:
+    """Scores with any rows in any part, which is sorted by row."""
+    part = rng.integers(n_parts, size=len(records))
+    storage.claim_run(folder, {"model": "m"}, {"n_parts": n_parts})
+    for index in range(n_parts):
+        rows = [record for record, where in zip(records, part, strict=True) if where == index]
+        storage.write_part(folder, index, n_parts, storage.score_table(rows))
+    return folder
+
+
+@pytest.mark.parametrize("options", EVERY_RULE, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_which_rows_lie_in_which_part_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], seed: int
+) -> None:
+    monkeypatch.setattr(spill, "WINDOW_ROWS", 7)
+    monkeypatch.setattr(storage, "_CHUNK_ROWS", 8)
+    monkeypatch.setattr(columns, "_BLOCK_BYTES", 40)
+    rng = np.random.default_rng(seed)
+    records = mixed_records()
+    if "table" in options:
+        worth = rng.permutation(len(records)).tolist()
+        options = {**options, "table": write_table(tmp_path / "worth.csv", worth, [w * 7 % 31 / 4 for w in worth])}
+    written = []
+    for n_parts, buffer in ((1, 1 << 20), (2, 1), (9, 500), (80, 1 << 14)):
+        monkeypatch.setattr(spill, "BUFFER_BYTES", buffer)
+        scores = scatter(tmp_path / f"scores-{n_parts}", records, n_parts, rng)
+        run_select(SelectConfig(scores=scores, out=tmp_path / "out", **options))
+        written.append([(tmp_path / "out" / name).read_bytes() for name in ("selection.parquet", "selection.json")])
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["selection.json", "selection.parquet"]
+    assert all(other == written[0] for other in written)
+    rows = storage.read_selection(tmp_path / "out").rows
+    assert 0 < len(rows) < len(records)
+    assert (np.diff(rows) > 0).all()
+
+
+def test_a_row_that_lies_in_two_parts_is_refused(tmp_path: Path) -> None:
+    storage.claim_run(tmp_path / "scores", {}, {"n_parts": 2})
+    for index, rows in enumerate([(0, 2), (1, 2)]):
+        table = storage.score_table([scored(row, [1.0]) for row in rows])
+        storage.write_part(tmp_path / "scores", index, 2, table)
+    with pytest.raises(StorageError, match="row 2 occurs more than once"):
+        select(tmp_path, [])
 
 
 # ---------------------------------------------------------------- the other rules
@@ -289,62 +175,12 @@ def test_random_has_as_many_rows_and_tokens_as_the_papers_rule(tmp_path: Path, e
         assert all(keep.any() for keep in selection.keep)
 
 
-@patient
-@given(answers, percents, st.integers(0, 3))
-def test_random_draws_equal_counts_or_everything_there_is(gains: list[list[float]], percent: float, seed: int) -> None:
-    pool = pool_of(gains)
-    paper = choose(pool, config(keep=percent))
-    choice = choose(pool, config(keep=percent, by="random", seed=seed))
-    active = np.split(choice.active, np.cumsum(pool.length)[:-1])
-    assert [bool(tokens.any()) for tokens in active] == choice.chosen.tolist()
-    assert choice.chosen.sum() == paper.chosen.sum()
-    assert choice.tokens_wanted == paper.active.sum()
-    assert choice.active.sum() == min(paper.active.sum(), pool.length[choice.chosen].sum())
-
-
 def test_random_reports_how_many_tokens_the_drawn_rows_lack(tmp_path: Path) -> None:
     records = [scored(0, [1.0] * 9), *(scored(row, [0.0]) for row in range(1, 20))]
     record, selection = select(tmp_path, records, by="random", keep=5, seed=1)
     assert len(selection.rows) == 1
     assert record["random_token_difference"] == -8
     assert "differ by -8" in selection_report(record)
-
-
-def test_random_does_not_cut_the_end_of_turn_tokens_that_are_always_kept() -> None:
-    pool = replace(pool_of([[9.0, 0.0], [0.0, 0.0], [0.0, 0.0]]), end_of_turn=np.array([0, 0, 1, 1, 1, 1], bool))
-    choices = [choose(pool, config(keep=33, by="random", end_of_turn="keep", seed=seed)) for seed in range(20)]
-    assert {int(choice.active.sum()) - (choice.tokens_wanted or 0) for choice in choices} == {0, 1}
-
-
-def test_random_gives_a_row_its_token_even_where_ends_of_turn_alone_are_too_many() -> None:
-    pool = pool_of([[9.0], [9.0], [0.0, 0.0, 0.0], [0.0] * 6])
-    pool = replace(pool, end_of_turn=np.array([0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0], bool))
-    for seed in range(30):
-        choice = choose(pool, config(keep=50, by="random", end_of_turn="keep", seed=seed))
-        if choice.chosen.tolist() == [False, False, True, True]:
-            assert choice.active[2:5].all()
-            assert choice.active[5:].sum() == 1
-            return
-    pytest.fail("no seed drew the rows that this test is about")
-
-
-def test_random_is_fixed_by_its_seed_and_favours_nobody() -> None:
-    pool = pool_of([[float(row % 5 == 0)] * 4 for row in range(20)])
-    draws = np.array([choose(pool, config(by="random", keep=20, seed=seed)).active for seed in range(400)])
-    again = choose(pool, config(by="random", keep=20, seed=3)).active
-    assert np.array_equal(draws[3], again)
-    assert len(np.unique(draws, axis=0)) > 300
-    share = draws.mean(axis=0)  # a fifth for each token: 4 standard deviations are 0.08
-    assert share.min() > 0.1
-    assert share.max() < 0.3
-
-
-def test_random_tokens_inside_the_rows_favour_nobody() -> None:
-    gains = [[1.0, -1.0, -1.0, -1.0, -1.0]] * 4  # all rows are kept, with one token; half the budget goes to the rest
-    pool = replace(pool_of(gains), token_gain=np.array([1.0, 1.0, -1, -1, -1] * 4, np.float32))
-    draws = np.array([choose(pool, config(by="random", keep=100, seed=seed)).active for seed in range(500)])
-    assert (draws.sum(axis=1) == 8).all()
-    assert abs(draws.mean(axis=0) - 0.4).max() < 0.1
 
 
 # ---------------------------------------------------------------- a column of numbers
@@ -457,7 +293,7 @@ def test_keep_tokens_by_token_ranks_the_tokens_of_all_samples(tmp_path: Path) ->
 @pytest.mark.parametrize("by", ["sample", "random", "column:gain"])
 def test_keep_tokens_without_a_token_threshold_says_what_to_do(by: str) -> None:
     with pytest.raises(ConfigError, match=r"use --by sample\+token"):
-        config(by=by, keep_tokens=50)
+        SelectConfig(scores=Path("s"), out=Path("o"), by=by, keep_tokens=50)
 
 
 @pytest.mark.parametrize(
@@ -471,7 +307,7 @@ def test_keep_tokens_without_a_token_threshold_says_what_to_do(by: str) -> None:
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config(**options)
+        SelectConfig(scores=Path("s"), out=Path("o"), **options)
 
 
 def end_of_turn_records() -> list[Record]:
@@ -576,12 +412,25 @@ def test_the_record_is_what_lies_on_disk(tmp_path: Path, by: str) -> None:
 
 def test_the_hash_of_the_scores_depends_on_the_scores_and_not_on_their_parts(tmp_path: Path) -> None:
     records = mixed_records()
-    changed = [scored(0, [0.125]), *records[1:]]
-    hashes = [
-        run_select(SelectConfig(scores=write_scores(tmp_path / name, rows, parts), out=tmp_path / "o"))["scores_hash"]
-        for name, rows, parts in [("a", records, 1), ("b", records, 5), ("c", changed, 1)]
-    ]
-    assert hashes[0] == hashes[1] != hashes[2]
+    runs = {"scores": records, "in parts": records}
+    one, two = scored(0, [0.5, 1.0]), scored(1, [0.25, 1.25])
+    runs["another token"] = [replace(one, nll_blind=np.array([0.5, 1.25], np.float32)), two]
+    runs["another order of tokens"] = [replace(one, nll_blind=one.nll_blind[::-1].copy()), two]
+    runs["both conditions shifted"] = [replace(one, nll_blind=one.nll_blind + 1, nll_seen=one.nll_seen + 1), two]
+    runs["rows exchanged"] = [replace(one, nll_blind=two.nll_blind), replace(two, nll_blind=one.nll_blind)]
+    runs["another text"] = [replace(one, fingerprint=5), two]
+    runs["another row"] = [one, replace(two, row=2)]
+    runs["one and two"] = [one, two]
+    runs["one row less"] = [one]
+    runs["text-only row more"] = [one, two, text_only(2, 3)]
+    hashes = {
+        name: run_select(
+            SelectConfig(scores=write_scores(tmp_path / name, rows, 5 if name == "in parts" else 1), out=tmp_path)
+        )["scores_hash"]
+        for name, rows in runs.items()
+    }
+    assert hashes.pop("in parts") == hashes["scores"]
+    assert len(set(hashes.values())) == len(hashes)
 
 
 def test_the_report_is_an_aligned_table_with_tau(tmp_path: Path) -> None:
@@ -631,7 +480,9 @@ def broken(tmp_path: Path, row: int, values: dict[str, Any]) -> Path:
         (2, {"token_id": [1, 2, 3]}, "row 2 has another number of char_start"),
         (2, {"char_end": [1]}, "row 2 has another number of char_end"),
         (2, {"n_images": 0}, "row 2 has another number of nll_seen .*none are due without an image"),
-        (6, {"n_images": 1}, "row 6 has another number of nll_seen"),
+        (6, {"n_images": 1}, "row 6 has a gain that is not finite"),
+        (6, {"n_images": 1, "gain": 1.0}, "row 6 has another number of nll_seen"),
+        (3, {"row": -1}, "row -1 is no row of the dataset"),
         (2, {"token_id": [], "char_start": [], "char_end": [], "nll_seen": [], "nll_blind": []}, "row 2 is multimodal"),
         (2, {"row": 1}, "row 1 occurs more than once"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from visgain import storage
 from visgain.errors import StorageError
-from visgain.storage import SCORE_SCHEMA
+from visgain.storage import SCORE_SCHEMA, SELECTION_SCHEMA
 from visgain.types import Skipped, TokenScores
 
 
@@ -184,6 +185,47 @@ def test_only_the_columns_that_were_asked_for_are_read_in_that_order(tmp_path: P
     assert table.to_pylist() == storage.score_table(rows).select(["nll_seen", "id"]).to_pylist()
 
 
+@pytest.mark.parametrize(("n_parts", "chunk_rows"), [(1, 4), (1, 100), (3, 4), (9, 4), (30, 5)])
+def test_a_scan_gives_every_row_once_in_the_order_of_the_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_parts: int, chunk_rows: int
+) -> None:
+    monkeypatch.setattr(storage, "_CHUNK_ROWS", chunk_rows)
+    rows = records(23)
+    write_run(tmp_path, rows, n_parts)
+    tables = list(storage.scan_scores(tmp_path, ["nll_seen", "id", "row"], description="reading"))
+    expected = [row for index in range(n_parts) for row in storage.score_table(rows[index::n_parts]).to_pylist()]
+    found = [row for table in tables for row in table.to_pylist()]
+    assert found == [{name: row[name] for name in ("nll_seen", "id", "row")} for row in expected]
+    largest_part = -(-23 // n_parts)
+    assert all(0 < len(table) < chunk_rows + min(chunk_rows, largest_part) for table in tables)
+
+
+def test_a_scan_that_is_given_up_leaves_no_thread_waiting(tmp_path: Path) -> None:
+    write_run(tmp_path, records(23), 20)
+    before = threading.active_count()
+    scan = storage.scan_scores(tmp_path, ["row"], description="reading")
+    next(scan)
+    scan.close()
+    assert threading.active_count() == before
+
+
+def test_a_scan_names_what_is_wrong_with_a_part(tmp_path: Path) -> None:
+    write_run(tmp_path, records(9), 3)
+    with pytest.raises(StorageError, match=r"part-00000.*not a score part of this version"):
+        list(storage.scan_scores(tmp_path, ["row", "tau"], description="reading"))
+    storage.part_path(tmp_path, 2, 3).write_bytes(b"PAR1")
+    with pytest.raises(StorageError, match=r"part-00002.*delete it and run `visgain score` again"):
+        list(storage.scan_scores(tmp_path, ["row"], description="reading"))
+    storage.part_path(tmp_path, 2, 3).unlink()
+    with pytest.raises(StorageError, match="1 of 3 parts missing"):
+        list(storage.scan_scores(tmp_path, ["row"], description="reading"))
+
+
+def test_more_than_99999_parts_can_be_found(tmp_path: Path) -> None:
+    storage.part_path(tmp_path, 123_456, 200_000).touch()
+    assert storage.finished_parts(tmp_path, 200_000) == {123_456}
+
+
 def test_an_unfinished_run_is_refused_unless_asked_for(tmp_path: Path) -> None:
     write_run(tmp_path, records(9), 3)
     storage.part_path(tmp_path, 1, 3).unlink()
@@ -272,7 +314,8 @@ def selection_table(rows: list[int]) -> pa.Table:
 
 
 def test_a_selection_gives_back_what_went_in(tmp_path: Path) -> None:
-    storage.write_selection(tmp_path, selection_table([1, 4]), {"tau": 0.1, "token_tau": None, "keep_percent": 70.0})
+    tables = [selection_table([1]), selection_table([4])]
+    storage.write_selection(tmp_path, tables, {"tau": 0.1, "token_tau": None, "keep_percent": 70.0})
     selection = storage.read_selection(tmp_path)
     assert (selection.tau, selection.keep_percent) == (0.1, 70.0)
     assert np.isnan(selection.token_tau)
@@ -281,8 +324,9 @@ def test_a_selection_gives_back_what_went_in(tmp_path: Path) -> None:
     assert all(mask.dtype == bool for mask in selection.keep)
 
 
-def test_a_selection_may_be_empty(tmp_path: Path) -> None:
-    storage.write_selection(tmp_path, selection_table([]), {"tau": None, "token_tau": None, "keep_percent": 1})
+@pytest.mark.parametrize("tables", [[], [SELECTION_SCHEMA.empty_table()]])
+def test_a_selection_may_be_empty(tmp_path: Path, tables: list[pa.Table]) -> None:
+    storage.write_selection(tmp_path, tables, {"tau": None, "token_tau": None, "keep_percent": 1})
     selection = storage.read_selection(tmp_path)
     assert len(selection.rows) == len(selection.keep) == 0
 
@@ -291,20 +335,20 @@ def test_a_failed_second_selection_leaves_no_record_that_describes_another_table
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = {"tau": 0.1, "token_tau": 0.1, "keep_percent": 70.0}
-    storage.write_selection(tmp_path, selection_table([1]), record)
+    storage.write_selection(tmp_path, [selection_table([1])], record)
 
     def full(path: Path, value: object) -> None:
         raise StorageError("full")
 
     monkeypatch.setattr(storage, "write_json", full)
     with pytest.raises(StorageError, match="full"):
-        storage.write_selection(tmp_path, selection_table([2]), record)
+        storage.write_selection(tmp_path, [selection_table([2])], record)
     with pytest.raises(StorageError, match="holds no selection"):
         storage.read_selection(tmp_path)
 
 
 def test_a_damaged_selection_is_named_with_the_way_out(tmp_path: Path) -> None:
-    storage.write_selection(tmp_path, selection_table([1]), {"tau": 0.1, "token_tau": 0.1, "keep_percent": 70.0})
+    storage.write_selection(tmp_path, [selection_table([1])], {"tau": 0.1, "token_tau": 0.1, "keep_percent": 70.0})
     (tmp_path / "selection.parquet").write_bytes(b"PAR1")
     with pytest.raises(StorageError, match="run `visgain select` again"):
         storage.read_selection(tmp_path)

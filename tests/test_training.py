@@ -192,7 +192,7 @@ def test_a_step_without_active_tokens_is_harmless(
     table = read_selection_table(selection)
     nothing = pa.array([[False] * len(keep) for keep in table.column("keep").to_pylist()], pa.list_(pa.bool_()))
     record = json.loads((selection / "selection.json").read_text())
-    write_selection(selection, table.set_column(4, "keep", nothing), record)
+    write_selection(selection, [table.set_column(4, "keep", nothing)], record)
     done = run_train(
         train_config(
             blank_model, small_world, tmp_path / "out", selection=selection, loss_reduction=loss_reduction, max_steps=2

@@ -130,4 +130,4 @@ def write_selection(folder: Path, scored: list[TokenScores], tau: float) -> None
         )
     table = pa.Table.from_pylist(kept, schema=storage.SELECTION_SCHEMA)
     record = {"rule": "sample+token", "keep_percent": 70.0, "tau": tau, "token_tau": tau}
-    storage.write_selection(folder, table, record)
+    storage.write_selection(folder, [table], record)

@@ -11,16 +11,18 @@ import hashlib
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from visgain.errors import StorageError
 from visgain.types import Selection, Skipped, TokenScores
@@ -59,9 +61,9 @@ SELECTION_SCHEMA = pa.schema(
 """One row for every kept row of the dataset. The k-th supervised label must be token_id[k]; it is active if keep[k]."""
 
 _CHUNK_ROWS = 1 << 13
-"""Rows in one chunk of a list column that we build: bounds both its number of values and the memory of sorting it."""
+"""Rows in one chunk of a list column that we build, and in one batch that is read: bounds the memory of either."""
 
-_PART_NAME = re.compile(r"part-(\d{5})-of-(\d{5})\.parquet")
+_PART_NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})\.parquet")
 
 
 # ---------------------------------------------------------------- atomic files
@@ -203,6 +205,7 @@ def write_part(folder: Path, index: int, count: int, table: pa.Table) -> None:
             table,
             temporary,
             compression="zstd",
+            row_group_size=_CHUNK_ROWS,  # a reader needs memory for one
             use_dictionary=["source", "skip_reason", *integers],
             use_byte_stream_split=floats,
         )
@@ -219,11 +222,10 @@ def finished_parts(folder: Path, count: int) -> set[int]:
     return finished
 
 
-def read_scores(folder: Path, columns: Sequence[str] | None = None, *, partial: bool = False) -> pa.Table:
-    """All scores of a finished run, sorted by row.
+def score_parts(folder: Path, *, partial: bool = False) -> list[Path]:
+    """The parts of a finished run, in their order. `partial`: accept a run that has parts missing.
 
-    `columns`: which ones to read (default all). `partial`: accept a run that has parts missing.
-    Raises StorageError if the folder holds no scores, a damaged part, or an unfinished run.
+    Raises StorageError if the folder holds no scores or an unfinished run.
     """
     n_parts = read_json(folder / "run.json", "scores").get("n_parts")
     if not isinstance(n_parts, int):
@@ -232,7 +234,64 @@ def read_scores(folder: Path, columns: Sequence[str] | None = None, *, partial: 
     missing = n_parts - len(finished)
     if not finished or (missing and not partial):
         raise StorageError(f"{folder} is unfinished: {missing} of {n_parts} parts missing; run `visgain score` again")
-    paths = [part_path(folder, index, n_parts) for index in sorted(finished)]
+    return [part_path(folder, index, n_parts) for index in sorted(finished)]
+
+
+def scan_scores(folder: Path, columns: Sequence[str], *, description: str) -> Iterator[pa.Table]:
+    """All scores of a finished run, some thousand rows at a time, in the order of the parts.
+
+    Memory does not grow with the number of rows. Progress under `description` goes to stderr if it takes seconds.
+    Raises StorageError if the folder holds no scores, a damaged part, or an unfinished run.
+    """
+    paths = score_parts(folder)
+    n_rows = read_json(folder / "run.json", "scores").get("n_rows")
+    with tqdm(total=n_rows, desc=description, unit="row", delay=2, mininterval=0.5) as progress:
+        for table in _read_ahead(_batches(paths, list(columns))):
+            yield table
+            progress.update(len(table))
+
+
+def _batches(paths: Iterable[Path], columns: list[str]) -> Iterator[pa.Table]:
+    """The rows of all parts: parts are gathered until they hold _CHUNK_ROWS, large ones come by row groups."""
+    waiting: list[pa.Table] = []
+    for path in paths:
+        for table in _row_groups(path, columns):
+            waiting.append(table)
+            if sum(map(len, waiting)) >= _CHUNK_ROWS:
+                yield pa.concat_tables(waiting)
+                waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
+    """The row groups that are not empty."""
+    with _part_errors(path), pq.ParquetFile(path) as file:
+        for index in range(file.num_row_groups):
+            table = file.read_row_group(index, columns=columns).select(columns)
+            if len(table):
+                yield table
+
+
+_Item = TypeVar("_Item")
+
+
+def _read_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """The items, of which the next ones are made in a thread while the last one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, items, None) for _ in range(3))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, items, None))
+            yield item
+
+
+def read_scores(folder: Path, columns: Sequence[str] | None = None, *, partial: bool = False) -> pa.Table:
+    """All scores of a finished run in memory, sorted by row; `scan_scores` is for more than fit there.
+
+    `columns`: which ones to read (default all). `partial`: accept a run that has parts missing.
+    Raises StorageError if the folder holds no scores, a damaged part, or an unfinished run.
+    """
+    paths = score_parts(folder, partial=partial)
     names = list(SCORE_SCHEMA.names if columns is None else columns)
     lists = [name for name in names if pa.types.is_list(SCORE_SCHEMA.field(name).type)]
     table = _read_parts(paths, list(dict.fromkeys(["row", *(name for name in names if name not in lists)])))
@@ -251,9 +310,14 @@ def _read_parts(paths: Sequence[Path], columns: list[str]) -> pa.Table:
 
 def _read_part(path: Path, columns: list[str]) -> pa.Table:
     """One part as it lies on disk. Raises StorageError if it is damaged or lacks one of the columns."""
+    with _part_errors(path), pq.ParquetFile(path) as file:  # pq.read_table costs several times as much for a small file
+        return file.read(columns=columns).select(columns)
+
+
+@contextmanager
+def _part_errors(path: Path) -> Iterator[None]:
     try:
-        with pq.ParquetFile(path) as file:  # pq.read_table costs several times as much for a small file
-            return file.read(columns=columns).select(columns)
+        yield
     except KeyError as error:
         raise StorageError(f"{path} is not a score part of this version: {error.args[0]}") from error
     except (OSError, pa.ArrowException) as error:
@@ -317,12 +381,16 @@ def list_column(values: np.ndarray, lengths: np.ndarray) -> pa.ChunkedArray:
 # ---------------------------------------------------------------- selections
 
 
-def write_selection(folder: Path, table: pa.Table, record: Mapping[str, Any]) -> None:
-    """Write selection.parquet (SELECTION_SCHEMA) and, last, selection.json: without it there is no selection."""
-    with storage_errors(folder):
-        (folder / "selection.json").unlink(missing_ok=True)  # else an old record could describe a new table
+def write_selection(folder: Path, tables: Iterable[pa.Table], record: Mapping[str, Any]) -> None:
+    """Write selection.parquet and, last, selection.json: without it there is no selection.
+
+    `tables`: the kept rows in SELECTION_SCHEMA, in row order over all tables; each is a row group of the file.
+    """
     with atomic_path(folder / "selection.parquet") as temporary:
-        pq.write_table(table.cast(SELECTION_SCHEMA), temporary, compression="zstd")
+        with pq.ParquetWriter(temporary, SELECTION_SCHEMA, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table.cast(SELECTION_SCHEMA))
+        (folder / "selection.json").unlink(missing_ok=True)  # else an old record could describe a new table
     write_json(folder / "selection.json", record)
 
 
