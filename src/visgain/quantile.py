@@ -1,4 +1,4 @@
-"""Order statistics and quantiles of more numbers than memory holds: exact, in a few passes over them.
+"""Order statistics, quantiles and sums of more numbers than memory holds: exact, in a few passes over them.
 
 Radix selection. Numbers are taken as unsigned integers of the same order. A histogram of their leading 16 bits tells
 which bin each wanted rank falls into, the next pass looks at 16 bits more inside those bins, and once the bins hold few
@@ -11,6 +11,7 @@ pass, such as a list of arrays or `Passes`. An iterator would be empty after the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -71,6 +72,11 @@ def quantiles(chunks: Iterable[np.ndarray], shares: Sequence[float]) -> Float64[
 def median(chunks: Iterable[np.ndarray]) -> float:
     """The middle number, or the mean of the two in the middle. Needs one number."""
     return float(np.mean(order_statistics(chunks, lambda n: [(n - 1) // 2, n // 2]), dtype=np.float64))
+
+
+def exact_sum(chunks: Iterable[np.ndarray]) -> float:
+    """The sum, rounded once at the end: the same for any order of the numbers and any cut into chunks."""
+    return math.fsum(number for chunk in chunks for number in chunk.tolist())
 
 
 # ---------------------------------------------------------------- numbers as bits
