@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tiny_models import make_sample
+from tiny_models import Picture, make_sample
 from visgain.config import ScoreConfig
 from visgain.counterfactuals import parse_counterfactual
 from visgain.data import open_dataset
 from visgain.errors import DataError, ModelError, StorageError, VisgainError
 from visgain.scoring.forward import answer_nll
-from visgain.scoring.plan import plan_batches, plan_parts
-from visgain.scoring.run import open_scorer, run_score
+from visgain.scoring.plan import make_plan, read_plan, write_plan
+from visgain.scoring.run import open_run, run_score
 from visgain.storage import read_json, read_scores
 from visgain.types import Sample
 from visgain.vlm.batch import pad_batch
@@ -273,10 +273,10 @@ def test_a_swap_without_any_other_picture_is_a_reason_and_not_a_gain_of_zero(bla
 def test_a_non_finite_log_probability_is_a_reason_and_not_a_number(
     blank_model: Path, small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scorer = open_scorer(config(blank_model, small_world, tmp_path))
+    scorer, plan = open_run(config(blank_model, small_world, tmp_path))
     with torch.no_grad():
-        scorer.vlm.model.model.multi_modal_projector.linear_2.weight.fill_(float("inf"))
-    records = scorer.score_rows(range(6), done=lambda n: None)
+        scorer.engine.vlm.model.model.multi_modal_projector.linear_2.weight.fill_(float("inf"))
+    records = scorer.score_part((scorer.source[0, rows] for rows in plan.units(0)[:6]), done=lambda n: None)
     assert any("non-finite" in getattr(record, "reason", "") for record in records)
 
 
@@ -313,23 +313,62 @@ def test_the_run_records_what_its_numbers_depend_on(blank_model: Path, small_wor
 # ---------------------------------------------------------------- the plan
 
 
-def test_parts_hold_every_row_once_and_no_part_is_one_source() -> None:
-    parts = plan_parts(1003, 100)
-    assert sorted(row for part in parts for row in part) == list(range(1003))
-    assert max(map(len, parts)) <= 100
-    assert max(parts[0]) - min(parts[0]) > 900
-    assert plan_parts(1, 512) == [range(1)]
+class Rows(list):
+    """A dataset of samples in memory."""
+
+    path, image_root, fingerprint = Path("data.json"), Path(), "fingerprint"
 
 
-def test_batches_hold_every_sample_once_within_the_budget_and_never_mix_groups() -> None:
+def rows_about(pictures: list[str | None], sources: list[str]) -> Rows:
+    return Rows(
+        replace(
+            make_sample("<image>\nWhat?" if key else "What?", "x" * row, images=0),
+            row=row,
+            source=source,
+            images=(Picture(key=key),) if key else (),
+        )
+        for row, (key, source) in enumerate(zip(pictures, sources, strict=True))
+    )
+
+
+def test_a_plan_holds_every_row_once_and_rows_about_one_picture_together() -> None:
     rng = np.random.default_rng(0)
-    lengths = rng.integers(5, 200, size=100).tolist()
-    groups = rng.integers(0, 3, size=100).tolist()
-    batches = plan_batches(lengths, groups, 600)
-    assert sorted(i for batch in batches for i in batch) == list(range(100))
-    for batch in batches:
-        assert len({groups[i] for i in batch}) == 1
-        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 600
-    longest = [max(lengths[i] for i in batch) for batch in batches]
-    assert longest == sorted(longest, reverse=True)
-    assert plan_batches([900], [0], 600) == [[0]]
+    pictures = [None if k == 0 else f"p{k}" for k in rng.integers(0, 200, 1003)]
+    plan = make_plan(rows_about(pictures, ["coco"] * 1003), 1003, 100)
+    assert sorted(plan.row.tolist()) == list(range(1003))
+    assert plan.n_parts == 11
+    for part in range(plan.n_parts):
+        units = plan.units(part)
+        assert sum(map(len, units)) == plan.n_rows(part)
+        for rows in units:
+            assert len({pictures[row] for row in rows}) == 1
+            assert len(rows) == 1 or pictures[rows[0]] is not None
+    n_units = sum(len(plan.units(part)) for part in range(plan.n_parts))
+    assert n_units == len(set(pictures)) - 1 + pictures.count(None)
+
+
+def test_every_part_is_a_fair_share_of_every_source_and_begins_with_its_largest_units() -> None:
+    sources = ["vqa"] * 500 + ["captions"] * 300 + ["text"] * 200
+    pictures = [None if source == "text" else f"p{row // 2}" for row, source in enumerate(sources)]
+    plan = make_plan(rows_about(pictures, sources), 1000, 100)
+    for part in range(plan.n_parts):
+        rows = [row for unit in plan.units(part) for row in unit]
+        counts = [sum(sources[row] == source for row in rows) for source in ("vqa", "captions", "text")]
+        assert np.allclose(counts, [50, 30, 20], atol=2)
+        first = plan.units(part)[0]
+        assert sum(first) >= sum(plan.units(part)[5]) or len(first) >= len(plan.units(part)[5])
+
+
+def test_more_conversations_about_a_picture_than_a_unit_holds_are_several_units() -> None:
+    plan = make_plan(rows_about(["one"] * 100, ["coco"] * 100), 100, 512)
+    assert [len(rows) for rows in plan.units(0)] == [32, 32, 32, 4]
+
+
+def test_a_plan_survives_the_disk(tmp_path: Path) -> None:
+    plan = make_plan(rows_about(["a", "b", "a", None], ["x"] * 4), 4, 2)
+    write_plan(tmp_path, plan)
+    again = read_plan(tmp_path, plan.n_parts)
+    assert [again.units(part) for part in range(2)] == [plan.units(part) for part in range(2)]
+    (tmp_path / "plan.parquet").write_bytes(b"junk")
+    with pytest.raises(StorageError, match=r"plan\.parquet"):
+        read_plan(tmp_path, plan.n_parts)

@@ -31,6 +31,9 @@ class Picture:
     def __init__(self, size: tuple[int, int] = (40, 30), key: str = "picture") -> None:
         self.size, self.key = size, key
 
+    def hint(self) -> None:
+        return None
+
     def open(self) -> Image.Image:
         return Image.new("RGB", self.size, (200, 30, 30))
 

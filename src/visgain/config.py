@@ -40,12 +40,17 @@ class ScoreConfig:
     """Whether each answer's end-of-turn token counts as an answer token."""
     seed: int = 0
     """Seed of counterfactuals that draw random numbers."""
-    batch_tokens: int = 4096
-    """Padded tokens in one forward pass."""
+    batch_tokens: int | None = None
+    """Tokens in one forward pass, halved where memory runs out [default: 1024 on a CPU, 8192 on a GPU]."""
+    way: Literal["auto", "shared", "mutual", "cached", "packed", "single"] = "auto"
+    """How conversations are packed; auto takes the fastest that agrees with the model's own forward at the start."""
+    workers: int | None = None
+    """Processes that prepare pictures and text; 0 does it in between [default: up to 4 with a GPU, else 1]."""
     part_rows: int = 512
     """Rows in one part: what an interruption can lose."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the model's weights; log-probabilities are float32 always."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the model; auto is float32 on a CPU, on a GPU float16 with bfloat16 where numbers grow too large.
+    Log-probabilities are float32 always."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
     max_pixels: int = 100_000_000
@@ -59,7 +64,11 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 8, f"--max-length is {self.max_length}; it must be at least 8 tokens")
-        _require(self.batch_tokens >= 1, f"--batch-tokens is {self.batch_tokens}; it must be positive")
+        _require(
+            self.batch_tokens is None or self.batch_tokens >= 1,
+            f"--batch-tokens is {self.batch_tokens}; it must be positive",
+        )
+        _require(self.workers is None or self.workers >= 0, f"--workers is {self.workers}; it must not be negative")
         _require(self.part_rows >= 1, f"--part-rows is {self.part_rows}; it must be positive")
         _require(self.max_pixels >= 1, f"--max-pixels is {self.max_pixels}; it must be positive")
         _require(self.limit is None or self.limit >= 1, f"--limit is {self.limit}; it must be positive")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from jaxtyping import Int64
 from tqdm import tqdm
 
 from visgain.errors import StorageError
@@ -82,7 +83,8 @@ def storage_errors(path: Path) -> Iterator[None]:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; renamed to `path` on success, removed on failure."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    # Processes on several machines may share the folder, so a process number is not enough.
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -395,13 +397,37 @@ def write_selection(folder: Path, tables: Iterable[pa.Table], record: Mapping[st
 
 
 def read_selection_table(folder: Path) -> pa.Table:
-    """The kept rows with token ids and keep masks, in SELECTION_SCHEMA."""
+    """The kept rows with token ids and keep masks, in SELECTION_SCHEMA, in memory; `scan_selection` is for more."""
+    tables = list(scan_selection(folder, SELECTION_SCHEMA.names))
+    return pa.concat_tables([SELECTION_SCHEMA.empty_table(), *tables])
+
+
+def scan_selection(folder: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The kept rows, a row group at a time. Raises StorageError if there is no selection or it is damaged."""
     read_json(folder / "selection.json", "selection")
     path = folder / "selection.parquet"
+    schema = pa.schema([SELECTION_SCHEMA.field(name) for name in columns])
+    with selection_errors(path), pq.ParquetFile(path) as file:
+        for index in range(file.num_row_groups):
+            yield file.read_row_group(index, columns=schema.names).select(schema.names).cast(schema)
+
+
+@contextmanager
+def selection_errors(path: Path) -> Iterator[None]:
+    """Turn an error of reading `path` into one StorageError."""
     try:
-        return pq.read_table(path, schema=SELECTION_SCHEMA)
-    except (OSError, pa.ArrowException) as error:
+        yield
+    except (KeyError, OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read {path}: {error}; run `visgain select` again") from error
+
+
+def find_rows(path: Path, row: Int64[np.ndarray, " n"], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Those of the rows `row` that a score part or a selection holds; other row groups are not read in full."""
+    with pq.ParquetFile(path) as file:
+        for index in range(file.num_row_groups):
+            here = np.isin(file.read_row_group(index, columns=["row"]).column(0).to_numpy(), row)
+            if here.any():
+                yield file.read_row_group(index, columns=list(columns)).select(columns).filter(pa.array(here))
 
 
 def read_selection(folder: Path) -> Selection:

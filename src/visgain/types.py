@@ -32,6 +32,10 @@ class ImageRef(Protocol):
         """Identity of the image inside its dataset: equal keys mean the same picture."""
         ...
 
+    def hint(self) -> str | None:
+        """What is probably the same for equal content under another key, and cheap to tell; None if nothing is."""
+        ...
+
     def open(self) -> Image:
         """Decode to an upright RGB picture. Raises ImageError when that is impossible or unsafe."""
         ...

@@ -6,6 +6,7 @@ What comes out is what the usual trainers see, `Image.convert("RGB")`, except th
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -35,6 +36,7 @@ _UPRIGHT = {
 }
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 _SHOWN_CHARS = 200
+_HINT_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,19 @@ class ImageFile:
     def key(self) -> str:
         """The path without detours, with forward slashes."""
         return PurePath(os.path.normpath(self.path)).as_posix()
+
+    def hint(self) -> str | None:
+        """The file's size and a hash of its first and last bytes; None where it may or can not be read."""
+        try:
+            with self._locate().open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                digest = hashlib.blake2b(str(size).encode(), digest_size=12)
+                for start in (0, max(0, size - _HINT_BYTES)):
+                    file.seek(start)
+                    digest.update(file.read(_HINT_BYTES))
+        except (ImageError, OSError, ValueError):
+            return None
+        return digest.hexdigest()
 
     def open(self) -> Image.Image:
         """Decode to an upright RGB picture without metadata; of an animation, the first frame.

@@ -46,20 +46,38 @@ itself off by about as much; a wrong mask or position is off by more."""
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Conversations about the same pictures, and the inputs that take the pictures' place when blind."""
+    """Conversations about the same pictures. `seen` and `blind` are the model inputs that hold the pictures.
+
+    The rows' own inputs are those with a value a token.
+    """
 
     rows: Rows
+    seen: Mapping[str, Any]
     blind: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, rows: Rows, blind: Mapping[str, Any]) -> Unit:
+        """From rows that hold their pictures, which are the same, and the first one's inputs when blind."""
+        return cls(
+            rows=[replace(row, model_inputs=_split(row.model_inputs)[0]) for row in rows],
+            seen=_split(rows[0].model_inputs)[1],
+            blind=_split(blind)[1],
+        )
+
+    def rows_with(self, pictures: Mapping[str, Any]) -> Rows:
+        """The rows with `pictures` (`seen`, `blind` or any other) among their inputs."""
+        return [replace(row, model_inputs={**row.model_inputs, **pictures}) for row in self.rows]
+
     @property
-    def blind_rows(self) -> Rows:
-        return [with_pictures(row, self.blind) for row in self.rows]
+    def kind(self) -> Any:
+        """Units of the same kind can go side by side."""
+        return signature(self.rows_with(self.seen)[0])
 
 
-def with_pictures(row: Encoded, inputs: Mapping[str, Any]) -> Encoded:
-    """`row` with the pictures among `inputs`; inputs that have a value a token remain its own."""
-    own = {name: value for name, value in row.model_inputs.items() if name in PER_TOKEN_INPUTS}
-    return replace(row, model_inputs={k: v for k, v in inputs.items() if k not in PER_TOKEN_INPUTS} | own)
+def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model inputs that have a value a token, and the others."""
+    own = {name: value for name, value in inputs.items() if name in PER_TOKEN_INPUTS}
+    return own, {name: value for name, value in inputs.items() if name not in own}
 
 
 # ---------------------------------------------------------------- the ways
@@ -141,8 +159,8 @@ class Engine:
         single conversation is too large for the device's memory.
         """
         try:
-            seen = WAYS[self.way](self.vlm, [unit.rows for unit in units])
-            blind = WAYS[self.way](self.vlm, [unit.blind_rows for unit in units])
+            seen = WAYS[self.way](self.vlm, [unit.rows_with(unit.seen) for unit in units])
+            blind = WAYS[self.way](self.vlm, [unit.rows_with(unit.blind) for unit in units])
             return list(zip(seen, blind, strict=True))
         except torch.OutOfMemoryError as error:
             smaller = halves(units)
@@ -169,10 +187,7 @@ def halves(units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]] | None:
     rows = units[0].rows
     if len(rows) == 1:
         return None
-    middle = len(rows) // 2
-    first = rows[0].model_inputs
-    second = [with_pictures(row, first) for row in rows[middle:]]
-    return [replace(units[0], rows=rows[:middle])], [replace(units[0], rows=second)]
+    return [replace(units[0], rows=rows[: len(rows) // 2])], [replace(units[0], rows=rows[len(rows) // 2 :])]
 
 
 def scored(engine: Engine, units: Iterable[Unit]) -> Iterator[tuple[Unit, list[tuple[NLL, NLL]]]]:
@@ -183,7 +198,7 @@ def scored(engine: Engine, units: Iterable[Unit]) -> Iterator[tuple[Unit, list[t
     waiting: dict[Any, list[Unit]] = {}
     sizes: dict[Any, int] = {}
     for unit in units:
-        kind, size = signature(unit.rows[0]), engine.n_tokens(unit)
+        kind, size = unit.kind, engine.n_tokens(unit)
         if kind in waiting and sizes[kind] + size > engine.pack_tokens:
             yield from _by_unit(engine, waiting.pop(kind))
             sizes.pop(kind)
@@ -204,25 +219,25 @@ def _by_unit(engine: Engine, units: Sequence[Unit]) -> Iterator[tuple[Unit, list
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The way that was chosen, and why the ones before it were not."""
+    """The way that was chosen, and why the ones before it were not; `finite`: whether all NLLs of the probes are."""
 
     way: str
     rejected: Mapping[str, str]
+    finite: bool
 
 
-def choose_way(vlm: VLM, probes: Sequence[Unit], ways: Iterable[str] = WAYS, *, blank: bool = False) -> Choice:
+def choose_way(vlm: VLM, probes: Sequence[Unit], ways: Iterable[str] = WAYS) -> Choice:
     """The first of `ways` that scores `probes` as the model's plain forward does.
 
-    `blank`: the counterfactual changes nothing, so seen and blind are not expected to differ. Raises ModelError if
-    no way agrees, or if the pictures do not reach the model.
+    Raises ModelError if no way agrees, or if the pictures do not reach the model.
     """
     reference = _all_nll(vlm, "single", probes)
-    _check_canary(vlm, probes, reference, blank=blank)
+    _check_canary(vlm, probes, reference)
     rejected: dict[str, str] = {}
     for way in ways:
         reason = _disagreement(vlm, way, probes, reference)
         if reason is None:
-            return Choice(way=way, rejected=rejected)
+            return Choice(way=way, rejected=rejected, finite=bool(np.isfinite(reference).all()))
         rejected[way] = reason
     reasons = "; ".join(f"{way}: {reason}" for way, reason in rejected.items())
     raise ModelError(f"no way of scoring agrees with the model's own forward ({reasons})")
@@ -247,24 +262,46 @@ def _disagreement(vlm: VLM, way: str, probes: Sequence[Unit], reference: Float32
     return None if worst <= TOLERANCE[vlm.model.dtype] else f"off by {worst:.2g} nats"
 
 
-def _check_canary(vlm: VLM, probes: Sequence[Unit], reference: Float32[np.ndarray, "2 A"], *, blank: bool) -> None:
-    """Raises ModelError if the counterfactual changes no score, or another picture in the first one's place does not."""
-    if not blank and np.array_equal(*reference):
+def _check_canary(vlm: VLM, probes: Sequence[Unit], reference: Float32[np.ndarray, "2 A"]) -> None:
+    """Raises ModelError if the counterfactual, or another picture in the first one's place, changes no score."""
+    blurred = any(not _equal(unit.seen, unit.blind) for unit in probes)
+    if blurred and np.array_equal(*reference):
         raise ModelError(
-            f"{vlm.name} answers the same with and without the picture: it does not reach the model, or the "
-            "counterfactual leaves it as it is"
+            f"{vlm.name} answers the same with the picture and with the counterfactual: pictures do not reach the model"
         )
     swapped = [
-        replace(unit, blind=other.rows[0].model_inputs)
+        replace(unit, blind=other.seen)
         for unit, other in itertools.pairwise(probes)
-        if signature(unit.rows[0]) == signature(other.rows[0])
+        if unit.kind == other.kind
         and unit.rows[0].n_image_tokens == other.rows[0].n_image_tokens
-        and not _equal_inputs(unit.rows[0].model_inputs, other.rows[0].model_inputs)
+        and not _equal(unit.seen, other.seen)
     ]
     if swapped and np.array_equal(*_all_nll(vlm, "single", swapped)):
         raise ModelError(f"{vlm.name} answers the same about another picture: the pictures do not reach the model")
 
 
-def _equal_inputs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    pictures = [name for name in one if name not in PER_TOKEN_INPUTS]
-    return all(name in other and torch.equal(one[name], other[name]) for name in pictures)
+def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(not isinstance(value, torch.Tensor) or torch.equal(value, other[name]) for name, value in one.items())
+
+
+def with_longest(unit: Unit, length: int) -> Unit:
+    """`unit` with its first row once more, its end repeated until it has `length` tokens.
+
+    Windows, and positions that are scaled by length, show only in long conversations, and the probes may be short.
+    """
+    row = unit.rows[0]
+    size = len(row.input_ids)
+    tail = max(1, size - int(row.is_answer.argmax()))
+    index = np.concatenate([np.arange(size), size - tail + np.arange(max(0, length - size)) % tail])
+    is_answer = row.is_answer[index]
+    n = int(is_answer.sum())
+    inputs = {name: value[:, torch.from_numpy(index)] for name, value in row.model_inputs.items()}
+    longest = replace(
+        row,
+        input_ids=row.input_ids[index],
+        is_answer=is_answer,
+        turn=np.zeros(n, np.int32),
+        chars=np.zeros((n, 2), np.int32),
+        model_inputs=inputs,
+    )
+    return replace(unit, rows=[*unit.rows, longest])

@@ -1,38 +1,139 @@
-"""Which rows make a part, and which samples make a batch. Pure arithmetic: no model, no files."""
+"""Which rows are scored together, and in which part. Made once for a run and kept in its folder.
+
+Rows about the same pictures make a unit, so that the pictures' tokens are computed once for all of them. Units are
+sorted by source and size and dealt out to the parts in turn: datasets are often ordered by source, and this makes every
+part, and so every share of the work and every estimate of the time left, a fair sample of the whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int32, Int64
+from tqdm import tqdm
+
+from visgain.data import Dataset
+from visgain.errors import StorageError
+from visgain.storage import atomic_path
+from visgain.types import ImageRef, Skipped
+
+MAX_UNIT_ROWS = 32
+"""More conversations about one picture than this are several units: sharing hardly gains any more, packs grow."""
+
+IMAGE_SIZE = 2000
+"""What a picture weighs against characters of text in the order of units; it need only be roughly right."""
+
+FILE = "plan.parquet"
 
 
-def plan_parts(n_rows: int, part_rows: int) -> list[range]:
-    """Rows of each part. Part k of n holds rows k, k + n, k + 2n, ...
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every row once: sorted by part, in each part the largest units first, in each unit ascending."""
 
-    Datasets are often ordered by source; strided parts are a fair sample of it, so the time left is a fair estimate and
-    parts cost alike.
-    """
-    n_parts = max(1, -(-n_rows // part_rows))
-    return [range(first, n_rows, n_parts) for first in range(n_parts)]
+    part: Int32[np.ndarray, " R"]
+    unit: Int64[np.ndarray, " R"]  # equal numbers, side by side, are one unit
+    row: Int64[np.ndarray, " R"]
+    n_parts: int
+    longest_text: int  # bytes of text in the longest conversation: no conversation has more text tokens
 
+    def units(self, part: int) -> list[list[int]]:
+        """The rows of each unit of `part`."""
+        here = slice(*np.searchsorted(self.part, [part, part + 1]))
+        cuts = np.flatnonzero(np.diff(self.unit[here])) + 1
+        return [rows.tolist() for rows in np.split(self.row[here], cuts) if len(rows)]
 
-def plan_batches(lengths: Sequence[int], groups: Sequence[Hashable], batch_tokens: int) -> list[list[int]]:
-    """Indices of the samples of each batch: equal group, similar length, at most `batch_tokens` padded tokens.
-
-    Longest first, so that a batch too large for the memory fails at once and not after an hour. A sample longer than
-    `batch_tokens` gets a batch of its own.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (_group_order(groups, i), -lengths[i], i))
-    batches: list[list[int]] = []
-    for i in order:
-        batch = batches[-1] if batches else []
-        fits = batch and groups[batch[0]] == groups[i] and lengths[batch[0]] * (len(batch) + 1) <= batch_tokens
-        if fits:
-            batch.append(i)
-        else:
-            batches.append([i])
-    return sorted(batches, key=lambda batch: -lengths[batch[0]])
+    def n_rows(self, part: int) -> int:
+        start, stop = np.searchsorted(self.part, [part, part + 1])
+        return int(stop - start)
 
 
-def _group_order(groups: Sequence[Hashable], i: int) -> int:
-    """Position of the first sample of i's group: a stable order of groups that need not be comparable."""
-    return groups.index(groups[i])
+def make_plan(dataset: Dataset, n_rows: int, part_rows: int) -> Plan:
+    """The plan for the first `n_rows` of `dataset`, in parts of about `part_rows`."""
+    keys, sources, sizes, longest = _outline(dataset, n_rows)
+    units: dict[object, list[int]] = {}
+    for row, key in enumerate(keys):
+        # Rows without pictures share nothing.
+        units.setdefault((row,) if key is None else key, []).append(row)
+    pieces = [rows[i : i + MAX_UNIT_ROWS] for rows in units.values() for i in range(0, len(rows), MAX_UNIT_ROWS)]
+    weight = [int(sizes[rows].sum()) for rows in pieces]
+    order = sorted(range(len(pieces)), key=lambda i: (sources[pieces[i][0]], -weight[i], pieces[i][0]))
+    n_parts = max(1, math.ceil(n_rows / part_rows))
+    dealt = sorted(((place % n_parts, -weight[i], pieces[i]) for place, i in enumerate(order)), key=lambda one: one[:2])
+    lengths = [len(rows) for _, _, rows in dealt]
+    return Plan(
+        part=np.repeat(np.asarray([part for part, _, _ in dealt], np.int32), lengths),
+        unit=np.repeat(np.arange(len(dealt), dtype=np.int64), lengths),
+        row=np.asarray([row for _, _, rows in dealt for row in rows], np.int64),
+        n_parts=n_parts,
+        longest_text=longest,
+    )
+
+
+def _outline(dataset: Dataset, n_rows: int) -> tuple[list[tuple[str, ...] | None], list[str], np.ndarray, int]:
+    """For each row: what its pictures are (None without), its source, and how much there is to compute; the longest."""
+    keys: list[tuple[str, ...] | None] = []
+    sources: list[str] = []
+    sizes = np.zeros(n_rows, np.int64)
+    longest = 0
+    images: dict[str, ImageRef] = {}
+    for row in tqdm(range(n_rows), desc="planning", unit="row", mininterval=0.5, leave=False):
+        sample = dataset[row]
+        sources.append(sample.source)
+        if isinstance(sample, Skipped) or not sample.images:
+            keys.append(None)
+            continue
+        keys.append(tuple(image.key for image in sample.images))
+        images |= {image.key: image for image in sample.images}
+        text = sum(len(turn.text.encode("utf-8", "surrogatepass")) for turn in sample.turns)
+        sizes[row] = text + IMAGE_SIZE * len(sample.images)
+        longest = max(longest, text)
+    content = _contents(images)
+    return [None if key is None else tuple(content[name] for name in key) for key in keys], sources, sizes, longest
+
+
+def _contents(images: dict[str, ImageRef]) -> dict[str, str]:
+    """A name for the content of each picture: pictures of equal content under several paths belong together."""
+    with ThreadPoolExecutor(16) as pool:
+        hints = pool.map(lambda image: image.hint(), images.values(), chunksize=64)
+        found = tqdm(hints, total=len(images), desc="looking at pictures", unit="file", mininterval=0.5, leave=False)
+        return {key: key if hint is None else hint for key, hint in zip(images, found, strict=True)}
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    table = pa.table({"part": plan.part, "unit": plan.unit, "row": plan.row})
+    table = table.replace_schema_metadata({"longest_text": str(plan.longest_text)})
+    with atomic_path(folder / FILE) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_plan(folder: Path, n_parts: int) -> Plan:
+    """The plan of the run in `folder`. Raises StorageError if it is missing or damaged."""
+    try:
+        table = pq.read_table(folder / FILE)
+        part, unit, row = (table.column(name).to_numpy() for name in ("part", "unit", "row"))
+        longest = int(table.schema.metadata[b"longest_text"])
+    except (OSError, KeyError, TypeError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {folder / FILE}: {error}; use another --out") from error
+    return Plan(part=part, unit=unit, row=row, n_parts=n_parts, longest_text=longest)
+
+
+def probe_units(plan: Plan, n: int, n_rows: int) -> list[list[int]]:
+    """`n` units to try things on, at most `n_rows` rows of each: half of them those with the most rows."""
+    units = plan.units(0)
+    shared = sorted(units, key=lambda rows: -len(rows))[: max(1, n // 2)]
+    others = [rows for rows in reversed(units) if rows not in shared]
+    step = max(1, len(others) // max(1, n - len(shared)))
+    return [rows[:n_rows] for rows in [*shared, *others[::step]][:n]]
+
+
+def rotated(parts: Sequence[int], rank: int, world: int) -> list[int]:
+    """`parts`, beginning at this rank's share, so that processes that start together do not ask for the same one."""
+    start = len(parts) * rank // world
+    return [*parts[start:], *parts[:start]]

@@ -1,174 +1,110 @@
 """`visgain score`: every row of a dataset, seen and blind, into atomic parts.
 
-A part is encoded in windows of rows, so that memory does not grow with the part; each window is batched by length,
-run twice (real image, counterfactual) in the same shapes, and put back into row order. Nothing of a row's result
-depends on which rows share its batch (beyond float rounding), so a resumed run equals an uninterrupted one.
+    plan (which rows together)  ->  claims (which part is ours)  ->  feed (rows to tensors, in workers)
+         ->  engine (tensors to NLLs)  ->  records (NLLs to a part on disk)
+
+A part depends on the plan and on nothing else, so it does not matter which process makes it, or after how many
+interruptions. Packs do not reach over the end of a part.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import itertools
+import os
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from PIL.Image import Image
+from filelock import BaseFileLock
 from tqdm import tqdm
 
 import visgain
 from visgain.config import ScoreConfig
-from visgain.counterfactuals import Counterfactual, parse_counterfactual
+from visgain.counterfactuals import parse_counterfactual
 from visgain.data import Dataset, open_dataset
-from visgain.errors import EncodingError, ImageError
-from visgain.scoring.forward import answer_nll
-from visgain.scoring.plan import plan_batches, plan_parts
+from visgain.scoring.claims import Rank, alone, claim
+from visgain.scoring.engine import WAYS, Engine, Unit, choose_way, scored, with_longest
+from visgain.scoring.feed import Fed, Feed, feed, skipped
+from visgain.scoring.plan import Plan, make_plan, probe_units, read_plan, rotated, write_plan
 from visgain.storage import (
     claim_run,
     finished_parts,
     list_lengths,
+    part_path,
     read_json,
     read_scores,
     score_table,
     write_part,
     write_skipped,
 )
-from visgain.types import Encoded, Sample, Skipped, TokenScores
-from visgain.vlm.batch import signature
-from visgain.vlm.encode import Encoder, without_end_of_turn
-from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name
+from visgain.types import Skipped, TokenScores
+from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name, pick_device
 from visgain.vlm.template import make_encoder
 
-WINDOW_ROWS = 64
-"""Rows encoded at a time: enough to batch by length, few enough to hold their pixels."""
+PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Tokens in one forward pass by default. A CPU is fastest while a pack's states fit into its caches."""
+
+PROBE_UNITS, PROBE_ROWS = 4, 3
+"""How much the self-check tries the ways of scoring on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Everything that turns a row into its scores."""
+    """Everything that turns the rows of a unit into their records."""
 
-    dataset: Dataset
-    vlm: VLM
-    encoder: Encoder
-    counterfactual: Counterfactual
+    engine: Engine
+    source: Feed
     config: ScoreConfig
+    workers: int
 
-    def score_rows(self, rows: Sequence[int], done: Callable[[int], Any]) -> list[TokenScores | Skipped]:
-        """Scores of `rows` in their order; `done` is told how many rows were finished, window by window."""
+    def score_part(self, fed: Iterable[Fed], done: Callable[[int], Any]) -> list[TokenScores | Skipped]:
+        """The records of all rows of `fed`, which is one part; `done` is told how many rows were finished."""
         records: list[TokenScores | Skipped] = []
-        for start in range(0, len(rows), WINDOW_ROWS):
-            window = rows[start : start + WINDOW_ROWS]
-            records += self._score_window(window)
-            done(len(window))
+        waiting: dict[int, Sequence[TokenScores]] = {}
+
+        def units() -> Iterator[Unit]:
+            for item in fed:
+                records.extend(item.done)
+                done(len(item.done))
+                for unit, measured in zip(item.units, item.records, strict=True):
+                    waiting[id(unit)] = measured
+                    yield unit
+
+        overflown: list[tuple[Unit, TokenScores, int]] = []
+        for unit, pairs in scored(self.engine, units()):
+            for number, (record, (seen, blind)) in enumerate(zip(waiting.pop(id(unit)), pairs, strict=True)):
+                measured = replace(record, nll_seen=seen, nll_blind=blind)
+                if is_finite(measured):
+                    records.append(measured)
+                else:
+                    overflown.append((unit, record, number))
+            done(len(pairs))
+        return records + self._rescued(overflown)
+
+    def _rescued(self, overflown: Sequence[tuple[Unit, TokenScores, int]]) -> list[TokenScores | Skipped]:
+        """Rows whose numbers left float16's range, again in bfloat16 if the dtype is ours to choose."""
+        reason = "the model gave a non-finite log-probability; try another --dtype"
+        if not overflown or self.config.dtype != "auto" or self.engine.vlm.model.dtype != torch.float16:
+            return [skipped(record, reason) for _, record, _ in overflown]
+        engine = replace(self.engine, vlm=_load(self.config, "bfloat16"))
+        records: list[TokenScores | Skipped] = []
+        for unit, record, number in overflown:
+            [(seen, blind)] = engine.score([replace(unit, rows=[unit.rows[number]])])
+            measured = replace(record, nll_seen=seen, nll_blind=blind)
+            records.append(measured if is_finite(measured) else skipped(record, reason))
         return records
 
-    def _score_window(self, rows: Sequence[int]) -> list[TokenScores | Skipped]:
-        prepared = [self.prepare(row) for row in rows]
-        pairs = [item for item in prepared if isinstance(item, Pair)]
-        multimodal = [pair for pair in pairs if pair.blind is not None]
-        nlls = dict(zip((pair.sample.row for pair in multimodal), self._forward(multimodal), strict=True))
-        return [
-            item if isinstance(item, Skipped) else _record(item, *nlls.get(item.sample.row, (_NONE, _NONE)))
-            for item in prepared
-        ]
 
-    def _forward(self, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(seen, blind) NLLs of each pair."""
-        results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        lengths = [len(pair.seen.input_ids) for pair in pairs]
-        groups = [signature(pair.seen) for pair in pairs]
-        for batch in plan_batches(lengths, groups, self.config.batch_tokens):
-            # The two conditions run in the same shapes: they are subtracted, and kernels round by shape.
-            seen = answer_nll(self.vlm, [pairs[i].seen for i in batch])
-            blind = answer_nll(self.vlm, [blind for i in batch if (blind := pairs[i].blind) is not None])
-            results.update(zip(batch, zip(seen, blind, strict=True), strict=True))
-        return [results[i] for i in range(len(pairs))]
-
-    def prepare(self, row: int) -> Pair | Skipped:
-        """Row `row`, decoded and encoded in both conditions, or the reason why it cannot be."""
-        sample = self.dataset[row]
-        if isinstance(sample, Skipped):
-            return sample
-        try:
-            seen_images = [image.open() for image in sample.images]
-            seen = self._encode(sample, seen_images)
-            blind = self._encode(sample, self._blind_images(sample, seen_images)) if sample.images else None
-        except (ImageError, EncodingError) as error:
-            return skipped(sample, str(error))
-        if blind is not None and not np.array_equal(seen.input_ids, blind.input_ids):
-            return skipped(sample, "the counterfactual changed the number of image tokens")
-        return Pair(sample=sample, seen=seen, blind=blind)
-
-    def _encode(self, sample: Sample, images: Sequence[Image]) -> Encoded:
-        encoded = self.encoder.encode(sample, images)
-        return without_end_of_turn(encoded) if self.config.end_of_turn == "ignore" else encoded
-
-    def _blind_images(self, sample: Sample, images: Sequence[Image]) -> list[Image]:
-        # Seeded by row and image, so that no other row, order or resumption changes what is drawn.
-        rngs = [np.random.default_rng([self.config.seed, sample.row, number]) for number in range(len(images))]
-        return [
-            self.counterfactual(image, rng=rng, other=lambda key=ref.key, rng=rng: self._other_image(key, rng))  # type: ignore[misc]
-            for image, ref, rng in zip(images, sample.images, rngs, strict=True)
-        ]
-
-    def _other_image(self, key: str, rng: np.random.Generator) -> Image:
-        """A picture of another key, from a row drawn by `rng`. Raises EncodingError if 1,000 draws find none."""
-        for _ in range(1000):
-            other = self.dataset[int(rng.integers(len(self.dataset)))]
-            if isinstance(other, Skipped) or not other.images or other.images[0].key == key:
-                continue
-            try:
-                return other.images[0].open()
-            except ImageError:
-                continue
-        raise EncodingError("the dataset holds no other picture to swap in")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """A sample in both conditions; `blind` is None for a text-only sample."""
-
-    sample: Sample
-    seen: Encoded
-    blind: Encoded | None
-
-
-_NONE = np.zeros(0, dtype=np.float32)
-
-
-def skipped(sample: Sample, reason: str) -> Skipped:
-    return Skipped(
-        row=sample.row,
-        id=sample.id,
-        reason=reason,
-        source=sample.source,
-        fingerprint=sample.fingerprint,
-        n_images=len(sample.images),
-    )
-
-
-def _record(pair: Pair, nll_seen: np.ndarray, nll_blind: np.ndarray) -> TokenScores | Skipped:
-    if not (np.isfinite(nll_seen).all() and np.isfinite(nll_blind).all()):
-        return skipped(pair.sample, "the model gave a non-finite log-probability; try another --dtype")
-    return TokenScores(
-        row=pair.sample.row,
-        id=pair.sample.id,
-        fingerprint=pair.sample.fingerprint,
-        source=pair.sample.source,
-        n_images=len(pair.sample.images),
-        n_image_tokens=pair.seen.n_image_tokens,
-        n_prompt_tokens=pair.seen.n_prompt_tokens,
-        truncated=pair.seen.truncated,
-        token_id=pair.seen.token_id.astype(np.int32),
-        turn=pair.seen.turn,
-        chars=pair.seen.chars,
-        nll_seen=nll_seen,
-        nll_blind=nll_blind,
-    )
+def is_finite(record: TokenScores) -> bool:
+    return bool(np.isfinite(record.nll_seen).all() and np.isfinite(record.nll_blind).all())
 
 
 # ---------------------------------------------------------------- the run
@@ -185,68 +121,206 @@ class ScoreSummary:
 
 
 def run_score(config: ScoreConfig) -> ScoreSummary:
-    """Score the whole dataset into `config.out`, resuming what is there. Raises VisgainError for any user's mistake."""
-    scorer = open_scorer(config)
-    n_rows = min(len(scorer.dataset), config.limit or len(scorer.dataset))
-    parts = plan_parts(n_rows, config.part_rows)
-    claim_run(config.out, _identity(scorer), _record_of(scorer, n_rows, len(parts)))
-    # A resumed run keeps the parts it was started with, whatever --part-rows says now.
-    n_parts = read_json(config.out / "run.json", "scores")["n_parts"]
-    if n_parts != len(parts):
-        parts = [range(first, n_rows, n_parts) for first in range(n_parts)]
-    finished = finished_parts(config.out, n_parts)
-    with tqdm(
-        total=n_rows,
-        initial=sum(len(parts[index]) for index in finished),
-        desc="scoring",
-        unit="row",
-        mininterval=0.5,
-    ) as progress:
-        for index in sorted(set(range(n_parts)) - finished):
-            write_part(config.out, index, n_parts, score_table(scorer.score_rows(parts[index], progress.update)))
+    """Score the whole dataset into `config.out`, resuming what is there. Raises VisgainError for any user's mistake.
+
+    Any number of processes may run this at the same time on the same folder: they share the work.
+    """
+    rank = Rank.here()
+    scorer, plan = open_run(config)
+    with _Progress(config.out, plan, shown=rank.number == 0) as progress:
+        while missing := sorted(set(range(plan.n_parts)) - finished_parts(config.out, plan.n_parts)):
+            if not score_parts(scorer, plan, rotated(missing, rank.number, rank.world), progress):
+                time.sleep(1)  # other processes have what is left; if one dies, its part is free
+                progress.look()
     return _summarise(config.out)
 
 
-def open_scorer(config: ScoreConfig) -> Scorer:
-    """Check the cheap things first: options, dataset, then the model."""
+def score_parts(scorer: Scorer, plan: Plan, parts: Iterable[int], progress: _Progress) -> int:
+    """Score those of `parts` that no other process holds, one after the other; returns how many those were.
+
+    While a part is computed, the next one is claimed and prepared, and the one before written.
+    """
+    out = scorer.config.out
+    locks: dict[int, BaseFileLock] = {}
+
+    def items() -> Iterator[tuple[int, Sequence[int]]]:
+        for part in parts:
+            lock = claim(out, part)
+            if lock is None:
+                continue
+            if part_path(out, part, plan.n_parts).exists():
+                lock.release()
+                continue
+            locks[part] = lock
+            yield from ((part, unit) for unit in plan.units(part))
+
+    def finish(part: int, records: list[TokenScores | Skipped]) -> None:
+        write_part(out, part, plan.n_parts, score_table(records))
+        locks.pop(part).release()
+
+    n_written = 0
+    writing: Future[None] | None = None
+    try:
+        with ThreadPoolExecutor(1) as writer:
+            fed = feed(scorer.source, items(), scorer.workers)
+            for part, group in itertools.groupby(fed, key=lambda item: item.part):
+                records = scorer.score_part(group, progress.update)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(finish, part, records)
+                n_written += 1
+            if writing is not None:
+                writing.result()
+    finally:
+        for lock in locks.values():
+            lock.release()
+    progress.look()
+    return n_written
+
+
+class _Progress:
+    """A bar over all rows of the run, those of other processes included whenever one looks."""
+
+    def __init__(self, out: Path, plan: Plan, *, shown: bool) -> None:
+        self._out, self._plan = out, plan
+        self._bar = tqdm(
+            total=len(plan.row),
+            initial=self._on_disk(),
+            desc="scoring",
+            unit="row",
+            mininterval=0.5,
+            disable=not shown,
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, n: int) -> None:
+        self._bar.update(n)
+
+    def look(self) -> None:
+        self._bar.n = self._on_disk()
+        self._bar.refresh()
+
+    def _on_disk(self) -> int:
+        finished = finished_parts(self._out, self._plan.n_parts)
+        return len(self._plan.row) if len(finished) == self._plan.n_parts else sum(map(self._plan.n_rows, finished))
+
+
+# ---------------------------------------------------------------- opening a run
+
+
+def open_run(config: ScoreConfig) -> tuple[Scorer, Plan]:
+    """Check the cheap things first: options, dataset, then the model; then plan, or read the plan of a run begun."""
     counterfactual = parse_counterfactual(config.counterfactual)
     dataset = open_dataset(
         config.data, config.image_root, max_pixels=config.max_pixels, follow_links=config.follow_links
     )
-    vlm = load_vlm(config.model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-    encoder = make_encoder(vlm, config.template, config.max_length)
-    return Scorer(dataset=dataset, vlm=vlm, encoder=encoder, counterfactual=counterfactual, config=config)
+    vlm = _load(config, _dtype(config))
+    source = Feed(
+        dataset=dataset,
+        encoder=make_encoder(vlm, config.template, config.max_length),
+        counterfactual=counterfactual,
+        seed=config.seed,
+        end_of_turn=config.end_of_turn,
+    )
+    with alone(config.out, "run"):
+        known = (config.out / "run.json").exists()
+        if known:
+            claim_run(config.out, _identity(config, source, vlm), {})
+            record = read_json(config.out / "run.json", "scores")
+            plan = read_plan(config.out, record["n_parts"])
+        else:
+            n_rows = min(len(dataset), config.limit or len(dataset))
+            plan = make_plan(dataset, n_rows, config.part_rows)
+        wanted = [record["way"]] if known else list(WAYS) if config.way == "auto" else [config.way]
+        vlm, way = _checked(config, source, vlm, plan, wanted)
+        if not known:
+            write_plan(config.out, plan)
+            claim_run(config.out, _identity(config, source, vlm), _record_of(config, source, vlm, plan, way))
+    pack_tokens = config.batch_tokens or PACK_TOKENS.get(vlm.device.type, PACK_TOKENS["cpu"])
+    engine = Engine(vlm=vlm, way=way, pack_tokens=pack_tokens)
+    return Scorer(engine=engine, source=source, config=config, workers=_workers(config, vlm.device)), plan
 
 
-def _identity(scorer: Scorer) -> dict[str, Any]:
+def _checked(config: ScoreConfig, source: Feed, vlm: VLM, plan: Plan, ways: Sequence[str]) -> tuple[VLM, str]:
+    """The model in a dtype that holds its numbers, and the first of `ways` that computes as it does alone."""
+    fed = [source[0, rows] for rows in probe_units(plan, PROBE_UNITS, PROBE_ROWS)]
+    probes = [unit for item in fed for unit in item.units]
+    if not probes:
+        return vlm, ways[0]  # nothing to score, or nothing that can be
+    longest = min(config.max_length, _most_positions(vlm), len(probes[0].rows[0].input_ids) + plan.longest_text)
+    probes = [with_longest(probes[0], longest), *probes[1:]]
+    choice = choose_way(vlm, probes, ways)
+    if not choice.finite and config.dtype == "auto" and vlm.model.dtype == torch.float16:
+        vlm = _load(config, "bfloat16")
+        choice = choose_way(vlm, probes, ways)
+    return vlm, choice.way
+
+
+def _most_positions(vlm: VLM) -> int:
+    most = getattr(vlm.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else 1 << 30
+
+
+def _load(config: ScoreConfig, dtype: str) -> VLM:
+    device = config.device
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{Rank.here().local % torch.cuda.device_count()}"  # a GPU for each process of a machine
+    return load_vlm(config.model, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
+
+
+def _dtype(config: ScoreConfig) -> str:
+    """The user's dtype, else that of the run begun in the folder, else what the device is good at."""
+    if config.dtype != "auto":
+        return config.dtype
+    if (config.out / "run.json").exists():
+        begun = read_json(config.out / "run.json", "scores").get("identity", {}).get("dtype")
+        if begun in ("float32", "float16", "bfloat16"):
+            return str(begun)
+    return "float16" if pick_device(config.device).type == "cuda" else "float32"
+
+
+def _workers(config: ScoreConfig, device: torch.device) -> int:
+    if config.workers is not None:
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # On a CPU the model computes on every core, and what a worker gains there is little.
+    return min(4, cores - 1) if device.type == "cuda" else min(1, cores - 1)
+
+
+def _identity(config: ScoreConfig, source: Feed, vlm: VLM) -> dict[str, Any]:
     """Everything that a row's scores depend on."""
-    config = scorer.config
     return {
         "model": model_name(config.model),
         "model_fingerprint": model_fingerprint(config.model),
-        "data_fingerprint": scorer.dataset.fingerprint,
+        "data_fingerprint": source.dataset.fingerprint,
         "limit": config.limit,
-        "counterfactual": scorer.counterfactual.spec,
-        "template": scorer.encoder.name,
+        "counterfactual": source.counterfactual.spec,
+        "template": source.encoder.name,
         "max_length": config.max_length,
         "end_of_turn": config.end_of_turn,
         "seed": config.seed,
-        "dtype": config.dtype,
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
         "max_pixels": config.max_pixels,
         "follow_links": config.follow_links,
     }
 
 
-def _record_of(scorer: Scorer, n_rows: int, n_parts: int) -> dict[str, Any]:
+def _record_of(config: ScoreConfig, source: Feed, vlm: VLM, plan: Plan, way: str) -> dict[str, Any]:
+    dataset: Dataset = source.dataset
     return {
-        "n_rows": n_rows,
-        "n_parts": n_parts,
-        "data": str(scorer.dataset.path.resolve()),
-        "image_root": str(scorer.dataset.image_root.resolve()),
-        "max_pixels": scorer.config.max_pixels,
-        "follow_links": scorer.config.follow_links,
-        "device": str(scorer.vlm.device),
-        "batch_tokens": scorer.config.batch_tokens,
+        "n_rows": len(plan.row),
+        "n_parts": plan.n_parts,
+        "data": str(dataset.path.resolve()),
+        "image_root": str(dataset.image_root.resolve()),
+        "max_pixels": config.max_pixels,
+        "follow_links": config.follow_links,
+        "device": str(vlm.device),
+        "way": way,
         "versions": {
             "visgain": visgain.__version__,
             "torch": torch.__version__,

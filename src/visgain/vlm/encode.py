@@ -13,8 +13,10 @@ order, are its answers, each with its end-of-turn.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -47,6 +49,10 @@ class Encoder(Protocol):
         """
         ...
 
+    def encode_all(self, samples: Sequence[Sample], images: Sequence[Image]) -> list[Encoded | EncodingError]:
+        """Each of `samples` with the same `images`, which are prepared once; or the error that `encode` raises."""
+        ...
+
     def prompt(self, turns: Sequence[Turn], images: Sequence[Image]) -> Encoded:
         """A conversation that ends with a user turn, ready for the model to answer; it has no answer tokens."""
         ...
@@ -69,6 +75,10 @@ class ChatEncoder:
         ids, offsets, model_inputs = self._tokenize(text, images)
         is_answer, turn, chars = _answer_tokens(text, spans, offsets, sample.answers)
         return finish(ids, is_answer, turn, chars, self.image_token_id, self.max_length, model_inputs)
+
+    def encode_all(self, samples: Sequence[Sample], images: Sequence[Image]) -> list[Encoded | EncodingError]:
+        with _pictures_once(self.processor):
+            return [error_as_value(self.encode, sample, images) for sample in samples]
 
     def prompt(self, turns: Sequence[Turn], images: Sequence[Image]) -> Encoded:
         text = self._render_text(chat_messages(turns), add_generation_prompt=True)
@@ -203,7 +213,54 @@ def _find(ids: np.ndarray, segment: np.ndarray, start: int, *, at_end: bool) -> 
     return None
 
 
+@contextmanager
+def _pictures_once(processor: ProcessorMixin) -> Iterator[None]:
+    """Let `processor` prepare the same pictures only once in this block."""
+    real = processor.image_processor
+    processor.image_processor = _Remembering(real)
+    try:
+        yield
+    finally:
+        processor.image_processor = real
+
+
+class _Remembering:
+    """An image processor that knows its last answer. Processors take what they get apart, so each gets a fresh copy."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+        self._asked: Any = None
+        self._answer: Any = None
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = (_flat(images), args, kwargs)
+        known = self._asked is not None and asked[1:] == self._asked[1:] and _same_objects(asked[0], self._asked[0])
+        if not known:
+            self._asked, self._answer = asked, self._real(images, *args, **kwargs)
+        answer = copy.copy(self._answer)
+        answer.data = dict(answer.data)
+        return answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def _flat(images: Any) -> list[Any]:
+    return [inner for item in images for inner in _flat(item)] if isinstance(images, list | tuple) else [images]
+
+
+def _same_objects(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
 # ---------------------------------------------------------------- shared by all encoders
+
+
+def error_as_value(encode: Callable[..., Encoded], *args: Any) -> Encoded | EncodingError:
+    try:
+        return encode(*args)
+    except EncodingError as error:
+        return error
 
 
 def _answer_tokens(

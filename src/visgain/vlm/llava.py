@@ -19,7 +19,7 @@ from transformers import ProcessorMixin
 
 from visgain.errors import EncodingError
 from visgain.types import IMAGE_MARK, Encoded, Sample, Turn
-from visgain.vlm.encode import Span, finish, prompt_only
+from visgain.vlm.encode import Span, error_as_value, finish, prompt_only
 
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -41,8 +41,15 @@ class LlavaEncoder:
     name: str = "llava-1.5"
 
     def encode(self, sample: Sample, images: Sequence[Image]) -> Encoded:
+        return self._encode(sample, self._image_inputs(images))
+
+    def encode_all(self, samples: Sequence[Sample], images: Sequence[Image]) -> list[Encoded | EncodingError]:
+        inputs = self._image_inputs(images)
+        return [error_as_value(self._encode, sample, inputs) for sample in samples]
+
+    def _encode(self, sample: Sample, inputs: dict[str, Any]) -> Encoded:
         text, spans = self.write(sample.turns)
-        ids, offsets = self._tokenize(text, (inputs := self._image_inputs(images)))
+        ids, offsets = self._tokenize(text, inputs)
         end = self.processor.tokenizer.eos_token
         is_answer = np.zeros(len(ids), dtype=bool)
         turns, chars = [], []

@@ -1,0 +1,253 @@
+"""From rows to what the model takes, in worker processes: reading, decoding, blurring, preparing, tokenising.
+
+What comes back from a worker is a unit of the plan: its conversations grouped by what their pictures really show, each
+distinct picture decoded and prepared once, seen and blind; and the records of the rows that need no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as MapDataset
+
+from visgain.counterfactuals import Counterfactual
+from visgain.data import Dataset
+from visgain.errors import EncodingError, ImageError
+from visgain.scoring.engine import Unit
+from visgain.types import Encoded, ImageRef, Sample, Skipped, TokenScores
+from visgain.vlm.encode import Encoder, without_end_of_turn
+
+_NONE = np.zeros(0, dtype=np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fed:
+    """A unit of the plan, ready for the model. `records[i][k]` is the record to be of `units[i].rows[k]`."""
+
+    part: int
+    units: Sequence[Unit]
+    records: Sequence[Sequence[TokenScores]]
+    done: Sequence[TokenScores | Skipped]  # text-only and skipped rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A decoded picture with a hash of its pixels."""
+
+    image: Image
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed(MapDataset[Fed]):
+    """(part, rows of a unit) -> Fed. Picklable if its members are, and knows nothing of the model's weights."""
+
+    dataset: Dataset
+    encoder: Encoder
+    counterfactual: Counterfactual
+    seed: int
+    end_of_turn: str = "score"
+
+    def __getitem__(self, item: tuple[int, Sequence[int]]) -> Fed:
+        part, rows = item
+        done: list[TokenScores | Skipped] = []
+        groups: dict[tuple[str, ...], list[tuple[Sample, list[Picture]]]] = {}
+        decoded: dict[str, Picture] = {}
+        for row in rows:
+            sample = self.dataset[row]
+            if isinstance(sample, Skipped):
+                done.append(sample)
+                continue
+            try:
+                pictures = [_decode(image, decoded) for image in sample.images]
+            except ImageError as error:
+                done.append(skipped(sample, str(error)))
+                continue
+            groups.setdefault(tuple(picture.digest for picture in pictures), []).append((sample, pictures))
+        units, records = [], []
+        for group in groups.values():
+            samples, pictures = [sample for sample, _ in group], group[0][1]
+            unit, found, without = self._unit(samples, pictures)
+            done += without
+            if unit is not None:
+                units.append(unit)
+                records.append(found)
+        return Fed(part=part, units=units, records=records, done=done)
+
+    def _unit(
+        self, samples: Sequence[Sample], pictures: Sequence[Picture]
+    ) -> tuple[Unit | None, list[TokenScores], list[TokenScores | Skipped]]:
+        """Conversations about the same pictures: the unit, its records to be, and the records that need no model."""
+        done: list[TokenScores | Skipped] = []
+        rows: list[tuple[Sample, Encoded]] = []
+        images = [picture.image for picture in pictures]
+        for sample, encoded in zip(samples, self.encoder.encode_all(samples, images), strict=True):
+            try:
+                rows.append((sample, self._cut(encoded)))
+            except EncodingError as error:
+                done.append(skipped(sample, str(error)))
+        if not rows or not pictures:
+            return None, [], [*done, *(_record(sample, encoded) for sample, encoded in rows)]
+        try:
+            first, like = rows[0]
+            blind = self._cut(self.encoder.encode_all([first], self._blind(pictures))[0])
+            if not np.array_equal(blind.input_ids, like.input_ids):
+                raise EncodingError("the counterfactual changed the number of image tokens")
+        except EncodingError as error:
+            return None, [], [*done, *(skipped(sample, str(error)) for sample, _ in rows)]
+        unit = Unit.of([encoded for _, encoded in rows], blind.model_inputs)
+        return unit, [_record(sample, encoded) for sample, encoded in rows], done
+
+    def _cut(self, encoded: Encoded | EncodingError) -> Encoded:
+        if isinstance(encoded, EncodingError):
+            raise encoded
+        return without_end_of_turn(encoded) if self.end_of_turn == "ignore" else encoded
+
+    def _blind(self, pictures: Sequence[Picture]) -> list[Image]:
+        # Seeded by what a picture shows: it has the same counterfactual wherever it appears, so that conversations
+        # about it can share the blind picture too, and no order, other row or resumption changes what is drawn.
+        return [
+            self.counterfactual(
+                picture.image,
+                rng=np.random.default_rng([self.seed, int(picture.digest, 16)]),
+                other=lambda picture=picture: self._other(picture),  # type: ignore[misc]
+            )
+            for picture in pictures
+        ]
+
+    def _other(self, picture: Picture) -> Image:
+        """A picture that shows something else, from a row drawn at random. Raises EncodingError if none is found."""
+        rng = np.random.default_rng([self.seed, int(picture.digest, 16)])
+        for _ in range(1000):
+            other = self.dataset[int(rng.integers(len(self.dataset)))]
+            if isinstance(other, Skipped) or not other.images:
+                continue
+            try:
+                found = _decode(other.images[0], {})
+            except ImageError:
+                continue
+            if found.digest != picture.digest:
+                return found.image
+        raise EncodingError("the dataset holds no other picture to swap in")
+
+
+def _decode(image: ImageRef, decoded: dict[str, Picture]) -> Picture:
+    if image.key not in decoded:
+        opened = image.open()
+        digest = hashlib.blake2b(f"{opened.size}".encode() + opened.tobytes(), digest_size=8)
+        decoded[image.key] = Picture(image=opened, digest=digest.hexdigest())
+    return decoded[image.key]
+
+
+def _record(sample: Sample, encoded: Encoded) -> TokenScores:
+    """The record of a row before it is measured."""
+    return TokenScores(
+        row=sample.row,
+        id=sample.id,
+        fingerprint=sample.fingerprint,
+        source=sample.source,
+        n_images=len(sample.images),
+        n_image_tokens=encoded.n_image_tokens,
+        n_prompt_tokens=encoded.n_prompt_tokens,
+        truncated=encoded.truncated,
+        token_id=encoded.token_id.astype(np.int32),
+        turn=encoded.turn,
+        chars=encoded.chars,
+        nll_seen=_NONE,
+        nll_blind=_NONE,
+    )
+
+
+def skipped(sample: Sample | TokenScores, reason: str) -> Skipped:
+    """`sample` as a row that cannot be scored."""
+    return Skipped(
+        row=sample.row,
+        id=sample.id,
+        reason=reason,
+        source=sample.source,
+        fingerprint=sample.fingerprint,
+        n_images=len(sample.images) if isinstance(sample, Sample) else sample.n_images,
+    )
+
+
+# ---------------------------------------------------------------- worker processes
+
+
+def feed(source: Feed, items: Iterable[tuple[int, Sequence[int]]], workers: int) -> Iterator[Fed]:
+    """`source` of each of `items`, in order, prepared ahead by `workers` processes (0: by this one, when asked for).
+
+    `items` is read as the workers take them up, so it may decide late.
+    """
+    if workers == 0:
+        yield from map(source.__getitem__, items)
+        return
+    loader = DataLoader(
+        _Thin(source),
+        sampler=items,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=8,
+        collate_fn=_same,
+        worker_init_fn=_start_worker,
+        # A dataset in memory is shared by a fork and copied by anything else.
+        multiprocessing_context="fork" if sys.platform == "linux" else None,
+    )
+    for thin in loader:
+        yield _converted(thin, np.ndarray, torch.from_numpy)
+
+
+class _Thin(MapDataset[Fed]):
+    """A feed whose tensors are arrays: they travel through a pipe, and need no shared memory, which is often scarce."""
+
+    def __init__(self, source: Feed) -> None:
+        self.source = source
+
+    def __getitem__(self, item: tuple[int, Sequence[int]]) -> Fed:
+        return _converted(self.source[item], torch.Tensor, torch.Tensor.numpy)
+
+
+def _converted(fed: Fed, kind: type, convert: Callable[[Any], Any]) -> Fed:
+    """`fed` with those model inputs that are of `kind` converted."""
+
+    def each(inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: convert(value) if isinstance(value, kind) else value for name, value in inputs.items()}
+
+    units = [
+        replace(
+            unit,
+            rows=[replace(row, model_inputs=each(row.model_inputs)) for row in unit.rows],
+            seen=each(unit.seen),
+            blind=each(unit.blind),
+        )
+        for unit in fed.units
+    ]
+    return replace(fed, units=units)
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _start_worker(number: int) -> None:
+    # An interruption is told to the process that the user started; it ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this worker when its parent was killed: it would wait for ever, and hold the parent's locks."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
