@@ -37,14 +37,12 @@ from visgain.scoring.plan import Plan, make_plan, probe_units, read_plan, rotate
 from visgain.storage import (
     claim_run,
     finished_parts,
-    list_lengths,
     part_path,
     read_json,
-    read_scores,
     score_table,
     write_part,
-    write_skipped,
 )
+from visgain.summary import ScoreSummary, summarise_scores
 from visgain.types import Skipped, TokenScores
 from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name, pick_device
 from visgain.vlm.template import make_encoder
@@ -110,16 +108,6 @@ def is_finite(record: TokenScores) -> bool:
 # ---------------------------------------------------------------- the run
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreSummary:
-    rows: int
-    multimodal: int
-    text_only: int
-    skipped: int
-    answer_tokens: int
-    mean_gain: float
-
-
 def run_score(config: ScoreConfig) -> ScoreSummary:
     """Score the whole dataset into `config.out`, resuming what is there. Raises VisgainError for any user's mistake.
 
@@ -132,7 +120,8 @@ def run_score(config: ScoreConfig) -> ScoreSummary:
             if not score_parts(scorer, plan, rotated(missing, rank.number, rank.world), progress):
                 time.sleep(1)  # other processes have what is left; if one dies, its part is free
                 progress.look()
-    return _summarise(config.out)
+    with alone(config.out, "run"):
+        return summarise_scores(config.out)
 
 
 def score_parts(scorer: Scorer, plan: Plan, parts: Iterable[int], progress: _Progress) -> int:
@@ -329,18 +318,3 @@ def _record_of(config: ScoreConfig, source: Feed, vlm: VLM, plan: Plan, way: str
         },
         "started": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _summarise(folder: Path) -> ScoreSummary:
-    """Counts over all parts; writes skipped.jsonl, the last file of a run."""
-    scores = read_scores(folder, ["row", "id", "skip_reason", "n_images", "gain", "token_id"])
-    n_skipped = write_skipped(folder, scores)
-    gain = scores.column("gain").drop_null().to_numpy()
-    return ScoreSummary(
-        rows=len(scores),
-        multimodal=len(gain),
-        text_only=len(scores) - len(gain) - n_skipped,
-        skipped=n_skipped,
-        answer_tokens=int(list_lengths(scores.column("token_id")).sum()),
-        mean_gain=float(gain.mean()) if len(gain) else float("nan"),
-    )
