@@ -27,7 +27,7 @@ SURFACE = {
     "score": (
         "--batch-tokens --counterfactual --data --device --dtype --end-of-turn --follow-links --image-root --limit "
         "--max-length --max-pixels --model --no-follow-links --no-trust-remote-code --out --part-rows --seed "
-        "--template --trust-remote-code"
+        "--template --trust-remote-code --way --workers"
     ),
     "select": "--by --end-of-turn --keep --keep-tokens --out --scores --seed --skipped --table",
     "train": (
