@@ -14,15 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_run import EVIL, records, token_spans, write_dataset, write_scores, write_selection
-from visgain import storage
+from tiny_scores import mixed_records
+from visgain import spill, storage
 from visgain.config import ReportConfig
 from visgain.errors import DataError, StorageError
 from visgain.report import figures, samples, words
-from visgain.report.counts import kept_by_source, summary
+from visgain.report.counts import count_rows, kept_by_source, summary
 from visgain.report.html import compact, duration, percent, write_report
+from visgain.report.overview import Rows, open_overview
 from visgain.report.results import format_metric, read_results
 from visgain.report.shade import colour_limit, strength
-from visgain.report.source import RowTokens, read_kept, read_overview
+from visgain.report.source import RowTokens, read_masks, read_rows
+from visgain.types import Skipped, TokenScores
 
 VOID = {"meta", "link", "img", "br", "path", "rect", "line"}
 
@@ -255,12 +258,23 @@ def test_metric_formats(value, spec, text):
 # ---------------------------------------------------------------- counts
 
 
+@pytest.fixture
+def small_windows(monkeypatch):
+    """So small that even a few rows fill several windows, batches and flushes."""
+    monkeypatch.setattr(spill, "WINDOW_ROWS", 5)
+    monkeypatch.setattr(spill, "BUFFER_BYTES", 300)
+    monkeypatch.setattr(storage, "_CHUNK_ROWS", 3)
+
+
+@pytest.mark.usefixtures("small_windows")
 def test_counts_add_up(run):
-    rows = read_overview(run / "scores")
-    kept = read_kept(run / "selection", rows)
-    head = summary(rows, kept)
+    with open_overview(run / "scores", run / "selection", run) as overview:
+        counts = count_rows(overview)
+        head = summary(counts, overview)
+        total, *sources = kept_by_source(counts, overview.sources)
     assert (head.n_rows, head.n_scored, head.n_text, head.n_skipped) == (12, 10, 1, 1)
-    total, *sources = kept_by_source(rows, kept)
+    kept = storage.read_selection(run / "selection")
+    assert (head.kept_rows, head.kept_tokens) == (len(kept.rows), sum(int(mask.sum()) for mask in kept.keep))
     for name in ("rows_before", "rows_after", "tokens_before", "tokens_after"):
         assert getattr(total, name) == sum(getattr(source, name) for source in sources)
     assert (total.rows_after, total.tokens_after) == (head.kept_rows, head.kept_tokens)
@@ -268,9 +282,95 @@ def test_counts_add_up(run):
     assert (text.rows_after, text.tokens_after) == (text.rows_before, text.tokens_before)
 
 
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("n_parts", [1, 3, 15])
+def test_an_overview_is_every_row_in_order_whatever_the_parts_and_the_order_of_the_selection(tmp_path, n_parts):
+    rng = np.random.default_rng(n_parts)
+    records = mixed_records()
+    storage.claim_run(tmp_path, {}, {"n_parts": n_parts})
+    part = rng.integers(n_parts, size=len(records))
+    for index in range(n_parts):
+        rows = [record for record, where in zip(records, part, strict=True) if where == index]
+        storage.write_part(tmp_path, index, n_parts, storage.score_table(rows))
+    keep = {
+        record.row: rng.random(len(record.token_id)) < 0.5
+        for record in rng.permutation(np.array(records, dtype=object))
+        if isinstance(record, TokenScores) and rng.random() < 0.6
+    }
+    chosen = [{**vars(records[row]), "keep": mask} for row, mask in keep.items()]
+    table = pa.Table.from_pylist(chosen, schema=storage.SELECTION_SCHEMA)
+    storage.write_selection(tmp_path / "selection", [table], {"rule": "sample+token"})
+    with open_overview(tmp_path, tmp_path / "selection", tmp_path) as overview:
+        windows = list(overview.windows())
+        rows = [row for window in windows for row in window.row.tolist()]
+        gains = {overview.sources[key]: overview.gains.read(key).column("gain").to_pylist() for key in overview.gains}
+        measured = [record.row for record in records if isinstance(record, TokenScores) and record.n_images]
+        assert overview.scored_at(np.array([0, 7, 8, 30])).tolist() == [measured[k] for k in (0, 7, 8, 30)]
+        assert list(overview.scored_after(17)) == [r for r in measured if r > 17] + [r for r in measured if r <= 17]
+    assert rows == list(range(len(records)))
+    assert len(windows) == 12
+    for record, window, at in ((records[row], windows[row // 5], row % 5) for row in rows):
+        is_skipped = isinstance(record, Skipped)
+        assert window.fingerprint[at] == record.fingerprint
+        assert overview.sources[window.source[at]] == record.source
+        assert window.reason[at] == (record.reason if is_skipped else "")
+        assert (window.skipped[at], window.scored[at]) == (is_skipped, not is_skipped and record.n_images > 0)
+        assert window.n_tokens[at] == (0 if is_skipped else len(record.token_id))
+        assert window.active[at] == keep.get(record.row, np.zeros(0)).sum()
+        assert not window.scored[at] or window.gain[at] == record.mean_gain
+    for source in ("coco", "gqa"):
+        assert gains[source] == [records[row].mean_gain for row in measured if records[row].source == source]
+
+
+@pytest.mark.parametrize("rows", [[5], [12], [70_000], [3, 70_000]])
+def test_a_selected_row_that_was_not_scored_is_refused(run, rows):
+    token = {"id": "x", "fingerprint": 1, "token_id": [1], "keep": [True]}
+    table = pa.Table.from_pylist([{**token, "row": row} for row in rows], schema=storage.SELECTION_SCHEMA)
+    storage.write_selection(run / "foreign", [table], {"rule": "sample+token", "tau": 0.0, "token_tau": 0.0})
+    with pytest.raises(DataError, match=rf"not made from these scores \(row {rows[0]}\)"):
+        report(run, selection=run / "foreign")
+
+
+def test_which_rows_lie_in_which_part_changes_no_byte(run, request):
+    expected = report(run, selection=run / "selection", samples=7).read_bytes()
+    rows = storage.read_scores(run / "scores").to_pylist()
+    for path in (run / "scores").glob("part-*"):
+        path.unlink()
+    record = storage.read_json(run / "scores" / "run.json", "run")
+    storage.write_json(run / "scores" / "run.json", {**record, "n_parts": 4})
+    for index in range(4):
+        own = [row for k, row in enumerate(rows) if k * 7 % 5 % 4 == index]
+        storage.write_part(run / "scores", index, 4, pa.Table.from_pylist(own, schema=storage.SCORE_SCHEMA))
+    request.getfixturevalue("small_windows")
+    assert report(run, selection=run / "selection", samples=7).read_bytes() == expected
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_chosen_rows_and_masks_are_found_in_whatever_part_or_row_group(tmp_path):
+    records = mixed_records()
+    part = np.random.default_rng(0).integers(3, size=len(records))
+    storage.claim_run(tmp_path, {}, {"n_parts": 4})  # of which one is missing
+    for index in range(3):
+        rows = [record for record, where in zip(records, part, strict=True) if where == index]
+        storage.write_part(tmp_path, index, 4, storage.score_table(rows))
+    wanted = [0, 3, 7, 31, 59, 60, -1]
+    found = read_rows(tmp_path, np.array(wanted), ["row", "id", "nll_seen"])
+    expected = storage.score_table([records[row] for row in wanted[:5]]).select(["row", "id", "nll_seen"])
+    assert found.to_pylist() == expected.to_pylist()
+    assert len(read_rows(tmp_path, np.array([99]))) == 0
+
+    everything = {"id": "x", "fingerprint": 0, "token_id": [1, 2, 3]}
+    kept = [{**everything, "row": row, "keep": [row % 2 == 0, True, False]} for row in range(0, 40, 3)]
+    tables = [pa.Table.from_pylist(kept[k : k + 4], schema=storage.SELECTION_SCHEMA) for k in range(0, 14, 4)]
+    storage.write_selection(tmp_path, tables, {})
+    masks = read_masks(tmp_path, np.array([3, 4, 36, 77]))
+    assert {row: mask.tolist() for row, mask in masks.items()} == {3: [False, True, False], 36: [True, True, False]}
+
+
 def test_mean_gain_per_token_weighs_samples_by_length(tmp_path):
     scored = write_scores(tmp_path / "scores", write_dataset(tmp_path / "data"))
-    head = summary(read_overview(tmp_path / "scores"), None)
+    with open_overview(tmp_path / "scores", None, tmp_path) as overview:
+        head = summary(count_rows(overview), overview)
     gains = [row.gain for row in scored if len(row.nll_seen)]
     assert head.token_gain == pytest.approx(np.concatenate(gains).mean(), abs=1e-6)
     assert head.sample_gain == pytest.approx(np.mean([gain.mean() for gain in gains]), abs=1e-6)
@@ -365,45 +465,125 @@ def test_pieces_spell_the_answer_whatever_the_spans(text, pairs):
     st.integers(0, 30),
 )
 def test_choice_of_samples_is_as_many_as_asked_and_none_twice(rows, count):
-    source = np.array([name for name, _ in rows], dtype=object)
+    source = np.array(["abc".index(name) for name, _ in rows], dtype=np.int32)
     gain = np.array([value for _, value in rows], dtype=np.float64)
-    groups = samples.choose(gain, source, count, 0.0, "tau")
-    chosen = [index for group in groups for index in group.chosen]
+    chosen = [row for group in choose(gain, source, count) for row in group.chosen]
     assert len(chosen) == len(set(chosen)) == min(count, int((~np.isnan(gain)).sum()))
     assert not np.isnan(gain[chosen]).any()
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from([-1.0, 0.0, 0.5, 2.0, float("nan")]) | st.floats(-5, 5)),
+        max_size=60,
+    ),
+    st.integers(1, 12),
+    st.integers(1, 20),
+)
+def test_the_shortlist_holds_every_row_that_would_be_chosen_of_all(rows, count, per_window):
+    source = np.array([number for number, _ in rows], dtype=np.int32)
+    gain = np.array([value for _, value in rows], dtype=np.float64)
+    assert choose(gain, source, count, per_window) == choose(gain, source, count, unpruned=True)
+
+
+def rows_of(first, gain, source):
+    """Rows from `first` on of which nothing but gain and source matters."""
+    zeros = np.zeros(len(gain), np.int64)
+    return Rows(
+        row=first + np.arange(len(gain)),
+        fingerprint=zeros,
+        source=source.astype(np.int32),
+        reason=np.array([""] * len(gain), dtype=object),
+        gain=gain,
+        n_tokens=zeros,
+        truncated=zeros.astype(bool),
+        active=zeros,
+    )
+
+
+def choose(gain, source, count, per_window=1000, unpruned=False):
+    """The groups that samples.choose makes of these rows, added some at a time; the middle is a gain of 0.5."""
+    scored = ~np.isnan(gain)
+    medians = np.array(
+        [np.median(gain[scored & (source == k)]) if (scored & (source == k)).any() else 9.0 for k in range(3)]
+    )
+    shortlist = samples.Shortlist(len(gain) if unpruned else count, 0.5, medians)
+    for start in range(0, len(gain), per_window):
+        here = slice(start, start + per_window)
+        shortlist.add(rows_of(start, gain[here], source[here]))
+    shortlist.count = count
+    sizes = np.bincount(source[scored], minlength=3)
+    return samples.choose(shortlist, ["b", "c", "a"], sizes, "tau")
+
+
 def test_the_ends_are_not_all_of_one_source():
-    source = np.array(["short"] * 50 + ["long"] * 50 + ["other"] * 50, dtype=object)
+    source = np.repeat(np.arange(3, dtype=np.int32), 50)
     gain = np.concatenate([np.linspace(5, 9, 50), np.linspace(0, 1, 50), np.linspace(-1, 0, 50)])
-    highest = samples.choose(gain, source, 24, 0.5, "tau")[0]
-    assert len({source[index] for index in highest.chosen}) == 3
+    highest = choose(gain, source, 24)[0]
+    assert len({source[row] for row in highest.chosen}) == 3
     assert gain[highest.chosen[0]] == 9
+
+
+def test_the_shortlist_stays_short():
+    gain = np.random.default_rng(0).normal(size=5000)
+    shortlist = samples.Shortlist(6, 0.0, np.zeros(3))
+    for start in range(0, 5000, 500):
+        shortlist.add(rows_of(start, gain[start : start + 500], np.arange(500) % 3))
+        assert len(shortlist.row) <= 3 * 4 * 6
+
+
+def group_of(label, gains):
+    return figures.Group(label=label, gains=np.array_split(gains, 3), n=len(gains))
+
+
+def test_a_ridge_is_that_of_all_its_gains_together():
+    gains = np.random.default_rng(1).normal(0.3, 1, 1000)
+    axis = figures.make_axis([gains])
+    assert (axis.low < np.quantile(gains, 0.0025), axis.high > np.quantile(gains, 0.9975)) == (True, True)
+    whole, cut = (
+        figures.ridge(figures.Group(label="x", gains=np.split(gains, cuts), n=1000), axis, 0.5)
+        for cuts in ([], [1, 600])
+    )
+    assert whole == cut
+    assert whole.mean == pytest.approx(gains.mean(), abs=1e-12)
+    assert (whole.median, whole.share_above) == (np.median(gains), (gains >= 0.5).mean())
+    assert axis.beyond([gains[:10], gains[10:]]) == ((gains < axis.low) | (gains > axis.high)).mean()
+    naive = np.histogram(gains, figures.BINS, (axis.low, axis.high))[0]
+    weights = figures._kernel(group_of("x", gains), float(gains.mean()), (axis.high - axis.low) / figures.BINS)
+    q1, q3 = np.quantile(gains, [0.25, 0.75])
+    width = 0.9 * min(gains.std(), (q3 - q1) / 1.34) * 1000**-0.2 / ((axis.high - axis.low) / figures.BINS)
+    offsets = np.arange(len(weights)) - len(weights) // 2
+    expected = np.exp(-0.5 * (offsets / width) ** 2)
+    assert weights == pytest.approx(expected / expected.sum())
+    heights = np.convolve(naive, weights, mode="same")
+    drawn = [float(y) for path in (cut.below, cut.above) for y in re.findall(r" ([0-9.]+)(?=L)", path)]
+    assert min(drawn) == pytest.approx(100 - 96 * heights.max() / heights.max(), abs=0.06)
 
 
 def test_wide_runs_of_sources_are_merged_and_few_samples_are_drawn_one_by_one():
     rng = np.random.default_rng(0)
-    groups = [(f"s{k}", rng.normal(k / 10, 1, 30 + k)) for k in range(40)] + [("tiny", np.array([0.5, 1.5]))]
-    axis = figures.make_axis(np.concatenate([gains for _, gains in groups]))
+    groups = [group_of(f"s{k}", rng.normal(k / 10, 1, 30 + k)) for k in range(40)]
+    groups.append(group_of("tiny", np.array([0.5, 1.5])))
+    axis = figures.make_axis(figures.together("all", groups).gains)
     drawn = figures.ridges(groups, axis, 0.25, most=10)
     assert drawn[0].whole
     assert len(drawn) == 11
     assert sum(ridge.n for ridge in drawn[1:]) == drawn[0].n
-    tiny = figures.ridge("tiny", np.array([0.5, 1.5]), axis, 1.0)
+    tiny = figures.ridge(groups[-1], axis, 1.0)
     assert (tiny.below, tiny.above, len(tiny.rug), tiny.share_above) == ("", "", 2, 0.5)
 
 
 @pytest.mark.parametrize("gains", [np.zeros(50), np.full(50, 3.0), np.array([1e-9]), np.array([-1e6, 1e6] * 20)])
 def test_degenerate_gains_can_be_drawn(gains):
-    axis = figures.make_axis(gains)
-    ridge = figures.ridge("x", gains, axis, 0.0)
+    axis = figures.make_axis([gains])
+    ridge = figures.ridge(group_of("x", gains), axis, 0.0)
     assert "nan" not in ridge.below + ridge.above
     assert 0 <= axis.at(ridge.median) <= 100
     assert len(axis.ticks) >= 2
 
 
 def test_axis_shows_zero_and_tau():
-    axis = figures.make_axis(np.linspace(5, 6, 100), include=(0.0, 9.0))
+    axis = figures.make_axis([np.linspace(5, 6, 100)], include=(0.0, 9.0))
     assert axis.low < 0 < 9 < axis.high
     assert "0" in [tick.label for tick in axis.ticks]
 

@@ -403,13 +403,13 @@ def read_selection_table(folder: Path) -> pa.Table:
 
 
 def scan_selection(folder: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The kept rows, a row group at a time. Raises StorageError if there is no selection or it is damaged."""
+    """The kept rows, some thousand at a time. Raises StorageError if there is no selection or it is damaged."""
     read_json(folder / "selection.json", "selection")
     path = folder / "selection.parquet"
     schema = pa.schema([SELECTION_SCHEMA.field(name) for name in columns])
     with selection_errors(path), pq.ParquetFile(path) as file:
-        for index in range(file.num_row_groups):
-            yield file.read_row_group(index, columns=schema.names).select(schema.names).cast(schema)
+        for batch in file.iter_batches(_CHUNK_ROWS, columns=schema.names):
+            yield pa.Table.from_batches([batch]).select(schema.names).cast(schema)
 
 
 @contextmanager

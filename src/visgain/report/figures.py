@@ -7,11 +7,14 @@ Numbers are rounded to a fixed number of digits: the same input draws the same b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
+
+from visgain.quantile import Passes, exact_sum, median, quantiles
 
 BINS = 240  # of a density, over the whole axis
 RUG_BELOW = 25  # fewer samples than this are drawn one by one: a density would invent a shape
@@ -36,9 +39,19 @@ class Axis:
         """Position of `value` in percent, held inside the axis."""
         return round(100 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low))), 2)
 
-    def beyond(self, values: Float[np.ndarray, " N"]) -> float:
+    def beyond(self, values: Iterable[np.ndarray]) -> float:
         """Share of the values that lie outside."""
-        return float(((values < self.low) | (values > self.high)).mean())
+        outside, n = np.sum([[((v < self.low) | (v > self.high)).sum(), len(v)] for v in values], axis=0)
+        return float(outside / n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Gains that are drawn as one distribution."""
+
+    label: str
+    gains: Iterable[np.ndarray]  # in nats, in chunks that can be iterated again and again
+    n: int  # how many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +76,9 @@ def nice_step(width: float, count: int) -> float:
     return power * next(factor for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
 
 
-def make_axis(values: Float[np.ndarray, " N"], include: Sequence[float] = (0.0,)) -> Axis:
+def make_axis(values: Iterable[np.ndarray], include: Sequence[float] = (0.0,)) -> Axis:
     """An axis that shows all but the outermost half percent of `values`, and every value in `include`."""
-    low, high = np.quantile(values, [0.0025, 0.9975]).tolist() if len(values) else (0.0, 1.0)
+    low, high = quantiles(values, [0.0025, 0.9975]).tolist() if any(map(len, values)) else (0.0, 1.0)
     low, high = min(low, *include), max(high, *include)
     margin = 0.03 * (high - low) or 0.5
     low, high = low - margin, high + margin
@@ -83,44 +96,54 @@ def _tick_label(value: float, step: float) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
-def ridges(
-    groups: Sequence[tuple[str, Float[np.ndarray, " _"]]], axis: Axis, tau: float | None, most: int = 24
-) -> list[Ridge]:
+def ridges(groups: Sequence[Group], axis: Axis, tau: float | None, most: int = 24) -> list[Ridge]:
     """One ridge for all gains together, then one for each group by falling median; beyond `most`, small ones merge."""
-    groups = [(label, gains) for label, gains in groups if len(gains)]
     if len(groups) > most:
-        by_size = sorted(groups, key=lambda group: (-len(group[1]), group[0]))
-        rest = np.concatenate([gains for _, gains in by_size[most - 1 :]])
-        groups = [*by_size[: most - 1], (f"{len(by_size) - most + 1} {OTHER_SOURCES}", rest)]
-    drawn = sorted((ridge(label, gains, axis, tau) for label, gains in groups), key=lambda r: (-r.median, r.label))
+        by_size = sorted(groups, key=lambda group: (-group.n, group.label))
+        rest = together(f"{len(by_size) - most + 1} {OTHER_SOURCES}", by_size[most - 1 :])
+        groups = [*by_size[: most - 1], rest]
+    drawn = sorted((ridge(group, axis, tau) for group in groups), key=lambda r: (-r.median, r.label))
     if len(drawn) < 2:
         return drawn
-    return [ridge("all", np.concatenate([gains for _, gains in groups]), axis, tau, whole=True), *drawn]
+    return [ridge(together("all", groups), axis, tau, whole=True), *drawn]
 
 
-def ridge(label: str, gains: Float[np.ndarray, " N"], axis: Axis, tau: float | None, *, whole: bool = False) -> Ridge:
+def together(label: str, groups: Sequence[Group]) -> Group:
+    """The gains of several groups as one, in their order."""
+
+    def gains() -> Iterator[np.ndarray]:
+        return chain.from_iterable(group.gains for group in groups)
+
+    return Group(label=label, gains=Passes(gains), n=sum(group.n for group in groups))
+
+
+def ridge(group: Group, axis: Axis, tau: float | None, *, whole: bool = False) -> Ridge:
     """The distribution of at least one gain."""
-    gains = gains.astype(np.float64)
-    few = len(gains) < RUG_BELOW
-    below, above = ("", "") if few else _density_paths(gains, axis, tau)
+    few = group.n < RUG_BELOW
+    mean = exact_sum(group.gains) / group.n
+    below, above = ("", "") if few else _density_paths(group, mean, axis, tau)
+    few_gains = [gain for chunk in group.gains for gain in chunk.tolist()] if few else []
     return Ridge(
-        label=label,
-        n=len(gains),
-        mean=float(gains.mean(dtype=np.float64)),
-        median=float(np.median(gains)),
-        share_above=None if tau is None else float((gains >= tau).mean()),
+        label=group.label,
+        n=group.n,
+        mean=mean,
+        median=median(group.gains),
+        share_above=None if tau is None else sum(int((chunk >= tau).sum()) for chunk in group.gains) / group.n,
         below=below,
         above=above,
-        rug=tuple(Tick(at=axis.at(gain), label=_tick_label(gain, 0.01)) for gain in gains.tolist()) if few else (),
+        rug=tuple(Tick(at=axis.at(gain), label=_tick_label(gain, 0.01)) for gain in few_gains),
         whole=whole,
     )
 
 
-def _density_paths(gains: np.ndarray, axis: Axis, tau: float | None) -> tuple[str, str]:
+def _density_paths(group: Group, mean: float, axis: Axis, tau: float | None) -> tuple[str, str]:
     """SVG areas under the smoothed histogram (own peak = full height), left and right of tau."""
-    counts, edges = np.histogram(gains, bins=BINS, range=(axis.low, axis.high))
+    edges = np.linspace(axis.low, axis.high, BINS + 1)
+    counts = np.zeros(BINS, np.int64)
+    for chunk in group.gains:
+        counts += np.histogram(chunk, bins=BINS, range=(axis.low, axis.high))[0]
     x = (edges[1:] + edges[:-1]) / 2
-    y = np.convolve(counts, _kernel(gains, float(edges[1] - edges[0])), mode="same")
+    y = np.convolve(counts, _kernel(group, mean, float(edges[1] - edges[0])), mode="same")
     y = y / (y.max() or 1.0)
     if tau is None:
         return "", _area(x, y, axis)
@@ -133,11 +156,12 @@ def _density_paths(gains: np.ndarray, axis: Axis, tau: float | None) -> tuple[st
     )
 
 
-def _kernel(gains: np.ndarray, bin_width: float) -> np.ndarray:
+def _kernel(group: Group, mean: float, bin_width: float) -> np.ndarray:
     """Gaussian weights whose width follows Silverman's rule, between one bin and a twentieth of the axis."""
-    q1, q3 = np.quantile(gains, [0.25, 0.75])
-    spread = min(float(gains.std(dtype=np.float64)), float(q3 - q1) / 1.34) or float(gains.std(dtype=np.float64))
-    width = float(np.clip(0.9 * spread * len(gains) ** -0.2 / bin_width, 1.0, BINS / 20))
+    q1, q3 = quantiles(group.gains, [0.25, 0.75])
+    deviation = math.sqrt(exact_sum((chunk.astype(np.float64) - mean) ** 2 for chunk in group.gains) / group.n)
+    spread = min(deviation, float(q3 - q1) / 1.34) or deviation
+    width = float(np.clip(0.9 * spread * group.n**-0.2 / bin_width, 1.0, BINS / 20))
     reach = math.ceil(3 * width)
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
     return np.asarray(weights / weights.sum())
@@ -161,10 +185,3 @@ def curve_path(x: Float[np.ndarray, " K"], y: Float[np.ndarray, " K"], points: i
     along = x + y  # rises strictly from 0 to 2
     keep = np.unique(np.searchsorted(along, np.linspace(0, 2, points)).clip(0, len(along) - 1))
     return "M" + "L".join(f"{100 * px:.2f} {100 - 100 * py:.2f}" for px, py in zip(x[keep], y[keep], strict=True))
-
-
-def by_source(source: np.ndarray, gain: np.ndarray, scored: Bool[np.ndarray, " R"]) -> list[tuple[str, np.ndarray]]:
-    """The gains of the scored rows of each source, sources by name."""
-    names, codes = np.unique(source[scored].astype(str), return_inverse=True)
-    values = gain[scored]
-    return [(str(name), values[codes == index]) for index, name in enumerate(names)]

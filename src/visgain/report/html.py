@@ -20,18 +20,16 @@ from visgain.analysis.truth import auroc, read_truth, roc_curve, token_truth
 from visgain.config import ReportConfig
 from visgain.data import Dataset
 from visgain.errors import DataError
+from visgain.quantile import median
 from visgain.report import figures, samples, words
-from visgain.report.counts import kept_by_source, summary
+from visgain.report.counts import Counts, count_rows, kept_by_source, summary
+from visgain.report.overview import Overview, open_overview
 from visgain.report.results import read_results
 from visgain.report.shade import colour_limit
 from visgain.report.source import (
-    Kept,
-    Rows,
     data_path,
     open_scored,
-    read_kept,
     read_masks,
-    read_overview,
     read_rows,
     read_run,
     row_tokens,
@@ -47,28 +45,30 @@ WORDS_SHOWN = 16
 def write_report(config: ReportConfig) -> Path:
     """Write the report of `config.scores` to `config.out` and return that path.
 
-    A dataset that is gone costs the samples and the words, and the page says so. Raises DataError if the dataset
-    changed since it was scored, or if the selection or the ground truth belongs to other scores.
+    Memory does not grow with the scores, only with the dataset's index and with the ground truth. A dataset that is
+    gone costs the samples and the words, and the page says so. Raises DataError if the dataset changed since it was
+    scored, or if the selection or the ground truth belongs to other scores.
     """
     run = read_run(config.scores)
-    rows = read_overview(config.scores)
-    kept = read_kept(config.selection, rows) if config.selection else None
     data = data_path(run, config.data)
     dataset = open_scored(run, data, config.image_root) if data else None
-    page = {
-        "run": run,
-        "title": _title(run),
-        "summary": summary(rows, kept),
-        "results": read_results(config.results) if config.results else None,
-        "selection": dict(kept.record) if kept else None,
-        "tau": _gain_tau(kept),
-        "distribution": _distribution(rows, kept),
-        "kept": list(kept_by_source(rows, kept)) if kept else None,
-        "truth": _truth(config, data, dataset),
-        "words": _words(config.scores, rows, dataset) if dataset is not None else None,
-        "groups": _samples(config, run, rows, kept, dataset) if dataset is not None else None,
-        "missing": None if dataset is not None else str(run.get("data", "")),
-    }
+    with open_overview(config.scores, config.selection, config.out.parent) as overview:
+        counts = count_rows(overview)
+        groups = _gains_by_source(overview, counts)
+        page = {
+            "run": run,
+            "title": _title(run),
+            "summary": summary(counts, overview),
+            "results": read_results(config.results) if config.results else None,
+            "selection": overview.record,
+            "tau": _gain_tau(overview.record),
+            "distribution": _distribution(groups, _gain_tau(overview.record)),
+            "kept": None if overview.record is None else list(kept_by_source(counts, overview.sources)),
+            "truth": _truth(config, data, dataset),
+            "words": _words(config.scores, overview, dataset) if dataset is not None else None,
+            "groups": _samples(config, run, overview, groups, dataset) if dataset is not None else None,
+            "missing": None if dataset is not None else str(run.get("data", "")),
+        }
     with storage.atomic_path(config.out) as temporary:
         temporary.write_bytes(render(page).encode("utf-8", "replace"))
     return config.out
@@ -125,12 +125,24 @@ def _title(run: Mapping[str, Any]) -> str:
     return f"{path.parent.name}/{path.name}" if generic and path.parent.name else path.name
 
 
-def _gain_tau(kept: Kept | None) -> float | None:
+def _gain_tau(selection: Mapping[str, Any] | None) -> float | None:
     """The threshold on sample gain; None where the rule has none, or keeps samples for another reason."""
-    if kept is None or kept.record.get("rule") not in ("sample+token", "sample"):
+    if selection is None or selection.get("rule") not in ("sample+token", "sample"):
         return None
-    tau = kept.record.get("tau")
+    tau = selection.get("tau")
     return None if tau is None else float(tau)
+
+
+def _gains_by_source(overview: Overview, counts: Counts) -> list[figures.Group]:
+    """The gains of the scored rows of each source, sources by name."""
+    return [
+        figures.Group(
+            label=overview.sources[source],
+            gains=overview.gains.column("gain", [source]),
+            n=counts.scored[source].rows_before,
+        )
+        for source in sorted(counts.scored, key=lambda source: overview.sources[source])
+    ]
 
 
 # ---------------------------------------------------------------- sections
@@ -145,18 +157,17 @@ class Distribution:
     beyond: float  # share of samples that lie outside of the axis
 
 
-def _distribution(rows: Rows, kept: Kept | None) -> Distribution | None:
-    if not rows.scored.any():
+def _distribution(groups: Sequence[figures.Group], tau: float | None) -> Distribution | None:
+    if not groups:
         return None
-    tau = _gain_tau(kept)
-    gains = rows.gain[rows.scored]
-    axis = figures.make_axis(gains, (0.0,) if tau is None else (0.0, tau))
+    everything = figures.together("all", groups).gains
+    axis = figures.make_axis(everything, (0.0,) if tau is None else (0.0, tau))
     return Distribution(
         axis=axis,
-        ridges=tuple(figures.ridges(figures.by_source(rows.source, rows.gain, rows.scored), axis, tau)),
+        ridges=tuple(figures.ridges(groups, axis, tau)),
         zero=axis.at(0.0),
         tau=None if tau is None else axis.at(tau),
-        beyond=axis.beyond(gains),
+        beyond=axis.beyond(everything),
     )
 
 
@@ -180,17 +191,20 @@ def _truth(config: ReportConfig, data: Path | None, dataset: Dataset | None) -> 
             return None
         n_visual = int(is_visual.sum())
         raise DataError(f"{path} marks {n_visual} of {len(gain)} scored tokens as visual; check --truth")
-    axis = figures.make_axis(gain)
+    axis = figures.make_axis([gain])
     groups = (("visual tokens", gain[is_visual]), ("all other tokens", gain[~is_visual]))
     return TruthView(
         auroc=auroc(gain, is_visual),
         path=figures.curve_path(*roc_curve(gain, is_visual)),
         distribution=Distribution(
             axis=axis,
-            ridges=tuple(figures.ridge(label, gains, axis, None) for label, gains in groups),
+            ridges=tuple(
+                figures.ridge(figures.Group(label=label, gains=[gains], n=len(gains)), axis, None)
+                for label, gains in groups
+            ),
             zero=axis.at(0.0),
             tau=None,
-            beyond=axis.beyond(gain),
+            beyond=axis.beyond([gain]),
         ),
     )
 
@@ -229,13 +243,13 @@ class WordsView:
     capped: bool
 
 
-def _words(scores: Path, rows: Rows, dataset: Dataset) -> WordsView | None:
-    scored = np.flatnonzero(rows.scored)
-    if len(scored) == 0:
+def _words(scores: Path, overview: Overview, dataset: Dataset) -> WordsView | None:
+    n_scored = sum(map(len, overview.gains.column("gain")))
+    if n_scored == 0:
         return None
-    chosen = scored[np.unique(np.linspace(0, len(scored) - 1, min(WORD_ROWS, len(scored))).astype(np.int64))]
+    places = np.unique(np.linspace(0, n_scored - 1, min(WORD_ROWS, n_scored)).astype(np.int64))
     by_word, by_token = words.Tally(), words.Tally()
-    for tokens in row_tokens(read_rows(scores, rows.row[chosen])):
+    for tokens in row_tokens(read_rows(scores, overview.scored_at(places))):
         sample = scored_sample(dataset, tokens.row, tokens.fingerprint)
         for index, answer in enumerate(sample.answers):
             here = tokens.of_answer(index)
@@ -243,8 +257,8 @@ def _words(scores: Path, rows: Rows, dataset: Dataset) -> WordsView | None:
             by_token.add(words.token_gains(answer, tokens.chars[here], tokens.gain[here]))
     return WordsView(
         rankings=tuple(_ranking(title, tally) for title, tally in (("Words", by_word), ("Tokens", by_token))),
-        n_rows=len(chosen),
-        capped=len(chosen) < len(scored),
+        n_rows=len(places),
+        capped=len(places) < n_scored,
     )
 
 
@@ -280,19 +294,21 @@ class SamplesView:
 
 
 def _samples(
-    config: ReportConfig, run: Mapping[str, Any], rows: Rows, kept: Kept | None, dataset: Dataset
+    config: ReportConfig,
+    run: Mapping[str, Any],
+    overview: Overview,
+    gains: Sequence[figures.Group],
+    dataset: Dataset,
 ) -> SamplesView | None:
-    if not rows.scored.any() or config.samples == 0:
+    if not gains or config.samples == 0:
         return None
-    tau = _gain_tau(kept)
-    middle, name = (float(np.median(rows.gain[rows.scored])), "the median") if tau is None else (tau, "the threshold")
-    groups = samples.choose(rows.gain, rows.source, config.samples, middle, name)
-    chosen = rows.row[[index for group in groups for index in group.chosen]]
+    groups = _chosen(config.samples, overview, gains)
+    chosen = np.array([row for group in groups for row in group.chosen])
     tokens = {item.row: item for item in row_tokens(read_rows(config.scores, chosen))}
     masks = read_masks(config.selection, chosen) if config.selection else None
     identity = run["identity"]
     blinder = samples.Blinder.of(
-        identity["counterfactual"], int(identity.get("seed", 0)), dataset, rows.row[rows.scored].tolist()
+        identity["counterfactual"], int(identity.get("seed", 0)), dataset, overview.scored_after
     )
     limit = colour_limit(np.concatenate([item.gain for item in tokens.values()]))
 
@@ -303,7 +319,22 @@ def _samples(
         return samples.draw_card(sample, score, mask, limit, blinder)
 
     drawn = tuple(
-        CardGroup(title=group.title, note=group.note, cards=tuple(card(int(rows.row[index])) for index in group.chosen))
+        CardGroup(title=group.title, note=group.note, cards=tuple(card(row) for row in group.chosen))
         for group in groups
     )
     return SamplesView(groups=drawn, limit=limit, n_cards=len(chosen))
+
+
+def _chosen(count: int, overview: Overview, gains: Sequence[figures.Group]) -> list[samples.Group]:
+    """The samples to show, about `count`."""
+    medians = np.full(len(overview.sources), np.nan)
+    sizes = np.zeros(len(overview.sources), np.int64)
+    for group in gains:
+        number = overview.sources.index(group.label)
+        medians[number], sizes[number] = median(group.gains), group.n
+    tau = _gain_tau(overview.record)
+    middle = median(figures.together("all", gains).gains) if tau is None else tau
+    shortlist = samples.Shortlist(count, middle, medians)
+    for rows in overview.windows():
+        shortlist.add(rows)
+    return samples.choose(shortlist, overview.sources, sizes, "the median" if tau is None else "the threshold")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float64, Int32, Int64
 from PIL import Image
 
 from visgain.counterfactuals import Counterfactual, parse_counterfactual
 from visgain.data import Dataset
 from visgain.errors import ImageError
+from visgain.report.overview import Rows
 from visgain.report.shade import strength
 from visgain.report.source import RowTokens
 from visgain.report.words import visible
@@ -29,22 +31,64 @@ OPEN_ANSWERS = 4  # of one sample; the rest folds away
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Samples that were chosen for one reason, as indices into the rows."""
+    """Samples that were chosen for one reason, by row."""
 
     title: str
     note: str
     chosen: tuple[int, ...]
 
 
-def choose(
-    gain: Float[np.ndarray, " R"], source: np.ndarray, count: int, middle: float, middle_name: str
-) -> list[Group]:
-    """About `count` scored rows that tell most: both ends, around the `middle`, and the typical one of each source.
+class Shortlist:
+    """The scored rows that `choose` may pick, of all rows that are added; a few of each source.
 
-    Deterministic, no row twice. The ends take at most a third of their samples from one source, if others are left:
-    they would otherwise show the one source with the shortest answers.
+    For every order that `choose` goes by, each source's first `count` rows are enough: it takes no more, and takes the
+    first rows of a source first.
     """
-    scored = np.flatnonzero(~np.isnan(gain))
+
+    def __init__(self, count: int, middle: float, medians: Float64[np.ndarray, " S"]) -> None:
+        self.count = count
+        self.middle = middle  # nats
+        self.medians = medians  # of each source, in nats
+        self.row = np.zeros(0, np.int64)
+        self.gain = np.zeros(0, np.float64)
+        self.source = np.zeros(0, np.int32)
+
+    def add(self, rows: Rows) -> None:
+        """Take rows into account; those of lower rows must have been added before."""
+        self.row = np.concatenate([self.row, rows.row[rows.scored]])
+        self.gain = np.concatenate([self.gain, rows.gain[rows.scored]])
+        self.source = np.concatenate([self.source, rows.source[rows.scored]])
+        rising = _ranks(self.gain, self.source)
+        falling = _ranks(-self.gain[::-1], self.source[::-1])[::-1]  # of equal gains the last row is first
+        ranks = [rising, falling, _ranks(self.to_middle, self.source), _ranks(self.to_median, self.source)]
+        first = np.min(ranks, axis=0) < self.count
+        self.row, self.gain, self.source = self.row[first], self.gain[first], self.source[first]
+
+    @property
+    def to_middle(self) -> Float64[np.ndarray, " R"]:
+        return np.asarray(np.abs(self.gain - self.middle))
+
+    @property
+    def to_median(self) -> Float64[np.ndarray, " R"]:
+        return np.asarray(np.abs(self.gain - self.medians[self.source]))
+
+
+def _ranks(values: Float64[np.ndarray, " R"], source: Int32[np.ndarray, " R"]) -> Int64[np.ndarray, " R"]:
+    """The rank of each value among those of its source, from 0; equal values are ranked as they come."""
+    order = np.lexsort((values, source))
+    start = np.searchsorted(source[order], source[order])
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order)) - start
+    return ranks
+
+
+def choose(rows: Shortlist, sources: Sequence[str], sizes: Int64[np.ndarray, " S"], middle_name: str) -> list[Group]:
+    """About `rows.count` scored rows that tell most: both ends, around the middle, and the typical one of each source.
+
+    `sizes`: scored rows of each source. Deterministic, no row twice. The ends take at most a third of their samples
+    from one source, if others are left: they would otherwise show the one source with the shortest answers.
+    """
+    count, gain, source = rows.count, rows.gain, rows.source
     taken: set[int] = set()
 
     def take(order: np.ndarray, n: int, per_source: int) -> tuple[int, ...]:
@@ -53,27 +97,32 @@ def choose(
         return tuple(chosen)
 
     quarter = -(-count // 4)
-    rising = scored[np.argsort(gain[scored], kind="stable")]
-    nearest = scored[np.argsort(np.abs(gain[scored] - middle), kind="stable")]
+    rising = np.argsort(gain, kind="stable")
+    nearest = np.argsort(rows.to_middle, kind="stable")
     most = max(1, -(-quarter // 3))
     highest = take(rising[::-1], min(quarter, count), most)
     lowest = take(rising, min(quarter, count - len(taken)), most)
     around = take(nearest, min(quarter, count - len(taken)), most)
-    typical = take(_typical(gain, source, scored), count - len(taken), count)
+    typical = take(_typical(rows, sources, sizes), count - len(taken), count)
     around = tuple(sorted(around, key=lambda index: (-gain[index], index)))
+    near = f"Nearest to a gain of {signed(rows.middle)}."
     groups = [
-        Group(title="Highest gain", note="The image told the model most.", chosen=highest),
-        Group(title=f"Around {middle_name}", note=f"Nearest to a gain of {signed(middle)}.", chosen=around),
-        Group(title="Lowest gain", note="The answer was as likely, or likelier, without the image.", chosen=lowest),
-        Group(title="Typical of their source", note="Nearest to the median gain of each source.", chosen=typical),
+        ("Highest gain", "The image told the model most.", highest),
+        (f"Around {middle_name}", near, around),
+        ("Lowest gain", "The answer was as likely, or likelier, without the image.", lowest),
+        ("Typical of their source", "Nearest to the median gain of each source.", typical),
     ]
-    return [group for group in groups if group.chosen]
+    return [
+        Group(title=title, note=note, chosen=tuple(rows.row[list(chosen)].tolist()))
+        for title, note, chosen in groups
+        if chosen
+    ]
 
 
-def _first(order: np.ndarray, source: np.ndarray, n: int, per_source: int, taken: set[int]) -> list[int]:
+def _first(order: np.ndarray, source: Int32[np.ndarray, " R"], n: int, per_source: int, taken: set[int]) -> list[int]:
     """The first `n` of `order` that are not taken, with at most `per_source` of one source unless that is too few."""
     free = [index for index in order.tolist() if index not in taken]
-    used: dict[str, int] = {}
+    used: dict[int, int] = {}
     chosen: list[int] = []
     for index in free:
         if len(chosen) == n:
@@ -86,15 +135,11 @@ def _first(order: np.ndarray, source: np.ndarray, n: int, per_source: int, taken
     return [index for index in free if index in filled]
 
 
-def _typical(gain: np.ndarray, source: np.ndarray, scored: np.ndarray) -> Int64[np.ndarray, " S"]:
-    """Scored rows by closeness to their source's median, one of each source in turn, large sources first."""
-    names, codes, sizes = np.unique(source[scored].astype(str), return_inverse=True, return_counts=True)
-    rank = np.empty(len(scored), dtype=np.int64)
-    for code in range(len(names)):
-        here = np.flatnonzero(codes == code)
-        distance = np.abs(gain[scored[here]] - np.median(gain[scored[here]]))
-        rank[here[np.argsort(distance, kind="stable")]] = np.arange(len(here))
-    return np.asarray(scored[np.lexsort((scored, codes, -sizes[codes], rank))])
+def _typical(rows: Shortlist, sources: Sequence[str], sizes: Int64[np.ndarray, " S"]) -> Int64[np.ndarray, " R"]:
+    """Places of rows by closeness to their source's median, one of each source in turn, large sources first."""
+    by_name = np.argsort(np.argsort(np.array(sources)))  # sources of one size by name
+    rank = _ranks(rows.to_median, rows.source)
+    return np.lexsort((rows.row, by_name[rows.source], -sizes[rows.source], rank))
 
 
 # ---------------------------------------------------------------- drawing
@@ -159,21 +204,19 @@ class Blinder:
     change: Counterfactual
     seed: int
     dataset: Dataset
-    rows: Sequence[int]  # rows with images, to borrow from
+    rows_after: Callable[[int], Iterator[int]]  # the other rows with images, to borrow from
 
     @staticmethod
-    def of(spec: str, seed: int, dataset: Dataset, rows: Sequence[int]) -> Blinder:
-        return Blinder(change=parse_counterfactual(spec), seed=seed, dataset=dataset, rows=rows)
+    def of(spec: str, seed: int, dataset: Dataset, rows_after: Callable[[int], Iterator[int]]) -> Blinder:
+        return Blinder(change=parse_counterfactual(spec), seed=seed, dataset=dataset, rows_after=rows_after)
 
     def blind(self, image: Image.Image, row: int) -> Image.Image:
         return self.change(image, rng=np.random.default_rng([self.seed, row]), other=lambda: self._other(row, image))
 
     def _other(self, row: int, image: Image.Image) -> Image.Image:
         """The first image of the next row that has a readable one; without any, the image itself."""
-        start = int(np.searchsorted(self.rows, row, side="right"))
-        for step in range(min(len(self.rows), 20)):
-            other = self.rows[(start + step) % len(self.rows)]
-            sample = self.dataset[int(other)]
+        for other in islice(self.rows_after(row), 20):
+            sample = self.dataset[other]
             if other == row or not isinstance(sample, Sample) or not sample.images:
                 continue
             try:

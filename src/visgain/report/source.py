@@ -1,74 +1,35 @@
-"""What a report is made of: a finished score run, the selection made from it, and the dataset that was scored.
-
-Columns of whole runs are read without their token lists; token lists are read for chosen rows only, so that a run over
-a million rows fits in memory.
-"""
+"""What a report shows of single rows: their tokens, what a selection keeps of them, and the sample that was scored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as pads
-from jaxtyping import Bool, Float32, Float64, Int32, Int64
+from jaxtyping import Bool, Float32, Int32
+from tqdm import tqdm
 
 from visgain.data import Dataset, open_dataset
 from visgain.errors import DataError, StorageError
 from visgain.storage import (
     SCORE_SCHEMA,
+    find_rows,
     finished_parts,
     flat_values,
     list_lengths,
     part_path,
     read_json,
-    read_scores,
-    read_selection_table,
+    selection_errors,
 )
 from visgain.types import Sample
 
 UNNAMED = "(no source)"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """One entry for each row of the dataset, in row order."""
-
-    row: Int64[np.ndarray, " R"]
-    fingerprint: Int64[np.ndarray, " R"]
-    source: np.ndarray  # str objects [R]
-    reason: np.ndarray  # str objects [R]; "" where the row was not skipped
-    gain: Float64[np.ndarray, " R"]  # nats; nan for text-only and skipped rows
-    n_tokens: Int64[np.ndarray, " R"]  # answer tokens
-    truncated: Bool[np.ndarray, " R"]
-
-    @property
-    def scored(self) -> Bool[np.ndarray, " R"]:
-        return np.asarray(~np.isnan(self.gain))
-
-    @property
-    def skipped(self) -> Bool[np.ndarray, " R"]:
-        return np.asarray(self.reason != "", dtype=bool)
-
-    @property
-    def text_only(self) -> Bool[np.ndarray, " R"]:
-        return np.asarray(~self.scored & ~self.skipped)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """A selection laid over the rows of its scores."""
-
-    record: Mapping[str, Any]  # selection.json
-    active: Int64[np.ndarray, " R"]  # tokens that keep their loss; 0 where the row was not kept
-
-    @property
-    def rows(self) -> Bool[np.ndarray, " R"]:
-        return np.asarray(self.active > 0)
+TOKEN_COLUMNS = ("row", "fingerprint", "truncated", "turn", "char_start", "char_end", "nll_seen", "nll_blind")
+"""What `row_tokens` needs of a score table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,46 +61,24 @@ def read_run(folder: Path) -> Mapping[str, Any]:
     return record
 
 
-def read_overview(folder: Path) -> Rows:
-    """Every row of a finished run, without its tokens. Raises StorageError if a gain is not a number."""
-    columns = ["row", "fingerprint", "source", "skip_reason", "gain", "truncated", "token_id"]
-    table = read_scores(folder, columns)
-    finite = pc.fill_null(pc.is_finite(table.column("gain")), True).to_numpy()
-    if not finite.all():
-        row = table.column("row").to_numpy()[np.flatnonzero(~finite)[0]]
-        raise StorageError(f"{folder}: the gain of row {row} is not a finite number; score again with --dtype float32")
-    return Rows(
-        row=table.column("row").to_numpy(),
-        fingerprint=table.column("fingerprint").to_numpy(),
-        source=_texts(table.column("source"), empty=UNNAMED),
-        reason=_texts(table.column("skip_reason"), empty=""),
-        gain=pc.fill_null(table.column("gain"), float("nan")).to_numpy(),
-        n_tokens=list_lengths(table.column("token_id")),
-        truncated=np.asarray(table.column("truncated").to_numpy(), dtype=bool),
-    )
+def read_rows(folder: Path, rows: np.ndarray, columns: Sequence[str] = TOKEN_COLUMNS) -> pa.Table:
+    """Columns of the asked rows that are there, tokens included, sorted by row. The run may be unfinished.
 
-
-def _texts(column: pa.ChunkedArray, *, empty: str) -> np.ndarray:
-    """A string column as objects; `empty` stands for null and for the empty string. Equal texts share one object."""
-    codes = pc.fill_null(column, "").combine_chunks().dictionary_encode()
-    if isinstance(codes, pa.ChunkedArray):  # combine_chunks of a column without chunks
-        codes = codes.combine_chunks()
-    names = np.array([name or empty for name in codes.dictionary.to_pylist()] or [empty], dtype=object)
-    return np.asarray(names[np.asarray(codes.indices.to_numpy(zero_copy_only=False), dtype=np.int64)], dtype=object)
-
-
-def read_rows(folder: Path, rows: np.ndarray) -> pa.Table:
-    """Full score rows, tokens included, of the asked rows that are there, sorted by row. The run may be unfinished."""
+    Reads in full only where one of the rows lies. Raises StorageError if nothing is scored yet or a part is damaged.
+    """
     count = read_run(folder)["n_parts"]
-    paths = [str(part_path(folder, index, count)) for index in sorted(finished_parts(folder, count))]
+    paths = [part_path(folder, index, count) for index in sorted(finished_parts(folder, count))]
     if not paths:
         raise StorageError(f"{folder} holds no finished part yet; wait for `visgain score`, or run it again")
-    wanted = pads.field("row").isin(pa.array(np.asarray(rows, dtype=np.int64)))
+    wanted = np.asarray(rows, dtype=np.int64)
+    schema = pa.schema([SCORE_SCHEMA.field(name) for name in columns])
+    found = [schema.empty_table()]
     try:
-        table = pads.dataset(paths, schema=SCORE_SCHEMA, format="parquet").to_table(filter=wanted)
-    except (OSError, pa.ArrowException) as error:
+        for path in tqdm(paths, desc="finding rows", unit="part", delay=2, mininterval=0.5):
+            found += find_rows(path, wanted, columns)
+    except (KeyError, OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read the scores in {folder}: {error}; run `visgain score` again") from error
-    return table.sort_by("row")
+    return pa.concat_tables(found).sort_by("row")
 
 
 def row_tokens(table: pa.Table) -> Iterator[RowTokens]:
@@ -166,37 +105,13 @@ def row_tokens(table: pa.Table) -> Iterator[RowTokens]:
         first = last
 
 
-def read_kept(folder: Path, rows: Rows) -> Kept:
-    """The selection in `folder`. Raises DataError if it was not made from these rows."""
-    table = read_selection_table(folder)
-    selected = table.column("row").to_numpy()
-    place = np.searchsorted(rows.row, selected)
-    place_or_0 = np.where(place < len(rows.row), place, 0)
-    lengths = list_lengths(table.column("keep"))
-    same = (
-        (rows.row[place_or_0] == selected)
-        & (rows.fingerprint[place_or_0] == table.column("fingerprint").to_numpy())
-        & (rows.n_tokens[place_or_0] == lengths)
-        if len(rows.row)
-        else np.zeros(len(selected), dtype=bool)
-    )
-    if not same.all():
-        first = selected[np.flatnonzero(~same)[0]]
-        raise DataError(f"the selection in {folder} was not made from these scores (row {first}); select again")
-    keep = flat_values(table.column("keep")).astype(np.int64)
-    total = np.concatenate([[0], np.cumsum(keep)])
-    ends = np.cumsum(lengths)
-    active = np.zeros(len(rows.row), dtype=np.int64)
-    active[place_or_0] = total[ends] - total[ends - lengths]
-    return Kept(record=read_json(folder / "selection.json", "selection"), active=active)
-
-
 def read_masks(folder: Path, rows: np.ndarray) -> dict[int, np.ndarray]:
     """Row -> keep mask of those `rows` that the selection holds."""
-    table = read_selection_table(folder)
-    table = table.filter(pa.array(np.isin(table.column("row").to_numpy(), rows)))
-    masks = zip(table.column("row").to_pylist(), table.column("keep").to_pylist(), strict=True)
-    return {row: np.array(mask, dtype=bool) for row, mask in masks}
+    path = folder / "selection.parquet"
+    with selection_errors(path):
+        tables = list(find_rows(path, np.asarray(rows, dtype=np.int64), ["row", "keep"]))
+    masks = (zip(*(table.column(name).to_pylist() for name in ("row", "keep")), strict=True) for table in tables)
+    return {row: np.array(mask, dtype=bool) for pairs in masks for row, mask in pairs}
 
 
 # ---------------------------------------------------------------- the dataset

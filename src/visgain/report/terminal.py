@@ -31,6 +31,7 @@ from visgain.report.source import (
     scored_sample,
 )
 from visgain.report.words import END_OF_TURN, visible
+from visgain.storage import SCORE_SCHEMA
 from visgain.types import Sample
 
 TABLE_ROWS = 8
@@ -48,7 +49,8 @@ def show(row: int, config: ShowConfig, console: Console | None = None) -> None:
     """
     console = console or Console()
     run = read_run(config.scores)
-    table = read_rows(config.scores, np.array([row])) if 0 <= row < run.get("n_rows", row + 1) else None
+    there = 0 <= row < run.get("n_rows", row + 1)
+    table = read_rows(config.scores, np.array([row]), SCORE_SCHEMA.names) if there else None
     if table is None or len(table) == 0:
         raise DataError(_unknown_row(row, run))
     score = table.to_pylist()[0]
