@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 
@@ -274,14 +273,6 @@ def test_a_part_of_another_version_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"row": [1]}), storage.part_path(tmp_path, 1, 3))
     with pytest.raises(StorageError, match=r"part-00001.*not a score part of this version"):
         storage.read_scores(tmp_path)
-
-
-def test_skipped_rows_are_listed_one_a_line(tmp_path: Path) -> None:
-    assert storage.write_skipped(tmp_path, storage.score_table(records(10))) == 2
-    lines = (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"row": row, "id": str(row), "reason": "no image \u00e9"} for row in (3, 8)
-    ]
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 100])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ def test_counts_and_the_list_of_skipped_rows_equal_the_records(
     monkeypatch.setattr(spill, "BUFFER_BYTES", 30)
     monkeypatch.setattr(storage, "_CHUNK_ROWS", 8)
     records = mixed_records()
+    records[27] = replace(records[27], reason="no image \u00e9")
     part = np.random.default_rng(n_parts).integers(n_parts, size=len(records))
     storage.claim_run(tmp_path, {}, {"n_parts": n_parts})
     for index in range(n_parts):
@@ -37,6 +39,7 @@ def test_counts_and_the_list_of_skipped_rows_equal_the_records(
     assert (summary.rows, summary.multimodal, summary.text_only, summary.skipped) == (60, len(gains), 6, len(skipped))
     assert summary.answer_tokens == sum(len(record.token_id) for record in measured)
     assert summary.mean_gain == math.fsum(gains) / len(gains)
+    assert "\u00e9" in (tmp_path / "skipped.jsonl").read_text(encoding="utf-8")
     lines = (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
     expected = [{"row": record.row, "id": record.id, "reason": record.reason} for record in skipped]
     assert [json.loads(line) for line in lines] == expected

@@ -344,17 +344,6 @@ def _reordered_lists(values: np.ndarray, lengths: np.ndarray, order: np.ndarray)
     return pa.chunked_array(chunks, type=pa.list_(pa.from_numpy_dtype(values.dtype)))
 
 
-def write_skipped(folder: Path, scores: pa.Table) -> int:
-    """Write skipped.jsonl (row, id, reason) from a score table; returns the number of skipped rows."""
-    skipped = scores.filter(scores.column("skip_reason").is_valid()).select(["row", "id", "skip_reason"])
-    lines = [
-        json.dumps({"row": row["row"], "id": row["id"], "reason": row["skip_reason"]}, ensure_ascii=False)
-        for row in skipped.to_pylist()
-    ]
-    write_text(folder / "skipped.jsonl", "".join(line + "\n" for line in lines))
-    return len(lines)
-
-
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
     """Length of each list of a list column: int64 [rows]."""
     return np.asarray(pc.list_value_length(column).to_numpy(), dtype=np.int64)
