@@ -25,8 +25,8 @@ from visgain.training.trainer import TrainSummary
 SURFACE = {
     "demo": "--out --rows --seed --steps --test-rows",
     "score": (
-        "--batch-tokens --counterfactual --data --device --dtype --end-of-turn --follow-links --image-root --limit "
-        "--max-length --max-pixels --model --no-follow-links --no-trust-remote-code --out --part-rows --seed "
+        "--backend --batch-tokens --counterfactual --data --device --dtype --end-of-turn --follow-links --image-root "
+        "--limit --max-length --max-pixels --model --no-follow-links --no-trust-remote-code --out --part-rows --seed "
         "--template --trust-remote-code --way --workers"
     ),
     "select": "--by --end-of-turn --keep --keep-tokens --out --scores --seed --skipped --table",

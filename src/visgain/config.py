@@ -44,6 +44,8 @@ class ScoreConfig:
     """Tokens in one forward pass, halved where memory runs out [default: 1024 on a CPU, 8192 on a GPU]."""
     way: Literal["auto", "shared", "mutual", "cached", "packed", "single"] = "auto"
     """How conversations are packed; auto takes the fastest that agrees with the model's own forward at the start."""
+    backend: Literal["local", "ray"] = "local"
+    """local: this process, beside any others in the same --out; ray: as many workers as a Ray cluster has room for."""
     workers: int | None = None
     """Processes that prepare pictures and text; 0 does it in between [default: up to 4 with a GPU, else 1]."""
     part_rows: int = 512

@@ -113,18 +113,27 @@ def run_score(config: ScoreConfig) -> ScoreSummary:
 
     Any number of processes may run this at the same time on the same folder: they share the work.
     """
-    rank = Rank.here()
-    scorer, plan = open_run(config)
-    with _Progress(config.out, plan, shown=rank.number == 0) as progress:
-        while missing := sorted(set(range(plan.n_parts)) - finished_parts(config.out, plan.n_parts)):
-            if not score_parts(scorer, plan, rotated(missing, rank.number, rank.world), progress):
-                time.sleep(1)  # other processes have what is left; if one dies, its part is free
-                progress.look()
+    if config.backend == "ray":
+        from visgain.scoring.cluster import score_on_ray  # knows us
+
+        score_on_ray(config)
+    else:
+        score_rest(config, Rank.here())
     with alone(config.out, "run"):
         return summarise_scores(config.out)
 
 
-def score_parts(scorer: Scorer, plan: Plan, parts: Iterable[int], progress: _Progress) -> int:
+def score_rest(config: ScoreConfig, rank: Rank) -> None:
+    """Work as one of any number of processes until every part is on disk."""
+    scorer, plan = open_run(config)
+    with Progress(config.out, plan, shown=rank.number == 0) as progress:
+        while missing := sorted(set(range(plan.n_parts)) - finished_parts(config.out, plan.n_parts)):
+            if not score_parts(scorer, plan, rotated(missing, rank.number, rank.world), progress):
+                time.sleep(1)  # other processes have what is left; if one dies, its part is free
+                progress.look()
+
+
+def score_parts(scorer: Scorer, plan: Plan, parts: Iterable[int], progress: Progress) -> int:
     """Score those of `parts` that no other process holds, one after the other; returns how many those were.
 
     While a part is computed, the next one is claimed and prepared, and the one before written.
@@ -167,7 +176,7 @@ def score_parts(scorer: Scorer, plan: Plan, parts: Iterable[int], progress: _Pro
     return n_written
 
 
-class _Progress:
+class Progress:
     """A bar over all rows of the run, those of other processes included whenever one looks."""
 
     def __init__(self, out: Path, plan: Plan, *, shown: bool) -> None:
@@ -181,7 +190,7 @@ class _Progress:
             disable=not shown,
         )
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
