@@ -15,7 +15,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,10 +25,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from _results import result_row, write_results
 from visgain.config import SelectConfig
-from visgain.selection import Pool, choose, run_select
+from visgain.rowset import RowSet
+from visgain.rules import Pool, find_rule
+from visgain.selection import run_select
 from visgain.storage import (
     SCORE_SCHEMA,
     SELECTION_SCHEMA,
@@ -50,23 +53,27 @@ LOOP_ROWS = 20_000
 KEEP = 70.0
 
 
-def write_scores(folder: Path, n_rows: int, seed: int = 0) -> int:
+def write_scores(
+    folder: Path, n_rows: int, tokens_per_row: int = TOKENS_PER_ROW, part_rows: int = PART_ROWS, seed: int = 0
+) -> int:
     """Write the parts and run.json of a finished synthetic run; returns its number of answer tokens."""
-    n_parts = math.ceil(n_rows / PART_ROWS)
-    claim_run(folder, {"synthetic": True, "seed": seed}, {"n_parts": n_parts})
-    source = np.repeat(list(SOURCES), [round(count * n_rows / ROWS) + 1 for count in SOURCES.values()])[:n_rows]
+    n_parts = math.ceil(n_rows / part_rows)
+    identity = {"model": "synthetic", "counterfactual": "none", "seed": seed}
+    claim_run(folder, identity, {"n_parts": n_parts, "n_rows": n_rows})
+    last = np.cumsum([round(count * n_rows / ROWS) + 1 for count in SOURCES.values()])
     tokens = 0
-    for index in range(n_parts):
+    for index in tqdm(range(n_parts), desc="writing scores", unit="part", delay=2):
         rows = np.arange(index, n_rows, n_parts)
-        tokens += write_synthetic_part(folder, index, n_parts, rows, source[rows], np.random.default_rng((seed, index)))
+        source = np.array(list(SOURCES))[np.searchsorted(last, rows, side="right")]
+        rng = np.random.default_rng((seed, index))
+        lengths = 1 + rng.negative_binomial(2, 2 / (tokens_per_row + 1), len(rows))
+        write_part(folder, index, n_parts, synthetic_part(rows, source, lengths, rng))
+        tokens += int(lengths.sum())
     return tokens
 
 
-def write_synthetic_part(
-    folder: Path, index: int, n_parts: int, rows: np.ndarray, source: np.ndarray, rng: np.random.Generator
-) -> int:
+def synthetic_part(rows: np.ndarray, source: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> pa.Table:
     n = len(rows)
-    lengths = 1 + rng.negative_binomial(2, 2 / (TOKENS_PER_ROW + 1), n)
     multimodal = source != "text"
     scored = np.where(multimodal, lengths, 0)
     seen = rng.exponential(0.6, scored.sum()).astype(np.float32)
@@ -96,8 +103,7 @@ def write_synthetic_part(
         "nll_seen": list_column(seen, scored),
         "nll_blind": list_column(blind, scored),
     }
-    write_part(folder, index, n_parts, pa.table(columns, schema=SCORE_SCHEMA))
-    return int(lengths.sum())
+    return pa.table(columns, schema=SCORE_SCHEMA)
 
 
 def select(scores: Path, out: Path) -> None:
@@ -124,21 +130,38 @@ def select_in_a_loop(scores: Path, out: Path) -> None:
     write_selection(out, [table], {"tau": tau, "token_tau": tau, "keep_percent": KEEP})
 
 
+@dataclass(frozen=True)
+class InMemory:
+    """Scores that are one pool."""
+
+    pool: Pool
+
+    def values(self) -> list[np.ndarray]:
+        return [self.pool.value]
+
+    def rows(self) -> RowSet:
+        raise NotImplementedError
+
+    def pools(self, purpose: str) -> Iterator[Pool]:
+        yield self.pool
+
+
 def rule_alone(scores: Path) -> tuple[float, float]:
     """CPU seconds of the rule on rows that are in memory already: vectorised, and in a loop over the rows."""
-    table = read_scores(scores, ["n_images", "gain", "nll_seen", "nll_blind"])
+    table = read_scores(scores, ["row", "n_images", "gain", "nll_seen", "nll_blind"])
     multimodal = table.column("n_images").to_numpy() > 0
     token_gain = flat_values(table.column("nll_blind")) - flat_values(table.column("nll_seen"))
     pool = Pool(
-        gain=table.column("gain").to_numpy()[multimodal],
+        row=table.column("row").to_numpy()[multimodal],
+        value=table.column("gain").to_numpy()[multimodal],
         length=list_lengths(table.column("nll_seen"))[multimodal],
         token_gain=token_gain,
         end_of_turn=np.zeros(len(token_gain), bool),
     )
-    rows = list(zip(pool.gain.tolist(), np.split(token_gain, np.cumsum(pool.length)[:-1]), strict=True))
+    rows = list(zip(pool.value.tolist(), np.split(token_gain, np.cumsum(pool.length)[:-1]), strict=True))
 
     begin = time.process_time()
-    choice = choose(pool, SelectConfig(scores=scores, out=scores, keep=KEEP))
+    choice = find_rule(InMemory(pool), SelectConfig(scores=scores, out=scores, keep=KEEP)).decide(pool)
     middle = time.process_time()
     tau = sorted((gain for gain, _ in rows), reverse=True)[math.ceil(Fraction(str(KEEP)) * len(rows) / 100) - 1]
     masks = [tokens.astype(np.float64) >= tau if gain >= tau else np.zeros(len(tokens), bool) for gain, tokens in rows]

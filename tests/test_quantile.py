@@ -45,6 +45,12 @@ def test_quantiles_and_the_median_are_numpys_own(collected: int, values: np.ndar
         assert median([values]) == np.median(values)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_zero_has_no_sign(dtype: type) -> None:
+    found = order_statistics([np.array([-0.0, 0.0, -1.0, -0.0], dtype)], lambda n: range(n))
+    assert np.signbit(found).tolist() == [True, False, False, False]
+
+
 def test_many_numbers_need_few_passes() -> None:
     values = np.random.default_rng(0).normal(0.2, 0.7, 3_000_000)
     passes = 0

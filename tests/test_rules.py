@@ -16,7 +16,7 @@ from tiny_scores import answers, naive, naive_tau, patient, percents, scored, to
 from visgain.config import SelectConfig
 from visgain.errors import ConfigError, DataError
 from visgain.rowset import RowSet
-from visgain.rules import Choice, Pool, Rule, find_rule, kept_count, threshold
+from visgain.rules import Answers, Choice, Pool, Rule, _Lottery, find_rule, kept_count, threshold
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,20 @@ def test_sample_and_token_equals_the_naive_reference(gains: list[list[float]], p
 
 
 @patient
+@given(answers, percents, percents, st.sampled_from(["sample+token", "token"]))
+def test_keep_tokens_equals_the_naive_reference(
+    gains: list[list[float]], percent: float, of_tokens: float, by: str
+) -> None:
+    _, kept = naive([scored(row, answer) for row, answer in enumerate(gains)], percent)
+    eligible = [row for row in range(len(gains)) if by == "token" or row in kept]
+    tau = naive_tau([gain for row in eligible for gain in gains[row]], of_tokens)
+    rule = find(pool_of(gains), keep=percent, keep_tokens=of_tokens, by=by)
+    assert rule.token_tau == tau
+    expected = [row in eligible and gain >= tau for row, answer in enumerate(gains) for gain in answer]
+    assert rule.decide(pool_of(gains)).active.tolist() == expected
+
+
+@patient
 @given(answers, percents)
 def test_a_kept_sample_always_keeps_a_token(gains: list[list[float]], percent: float) -> None:
     pool = pool_of(gains)
@@ -204,6 +218,28 @@ def test_random_tokens_inside_the_rows_favour_nobody() -> None:
     draws = np.array([choose(pool, by="random", keep=100, seed=seed).active for seed in range(250)])
     assert (draws.sum(axis=1) == 8).all()
     assert abs(draws.mean(axis=0) - 0.4).max() < 0.13
+
+
+@patient
+@given(answers, percents, st.integers(0, 1000))
+def test_random_obeys_the_end_of_turn_option(gains: list[list[float]], percent: float, seed: int) -> None:
+    pool = pool_of(gains)
+    ends = np.random.default_rng(seed).random(len(pool.token_gain)) < 0.5
+    pool = replace(pool, end_of_turn=ends)
+    kept = choose(pool, keep=percent, by="random", end_of_turn="keep", seed=seed)
+    assert kept.active[np.repeat(kept.chosen, pool.length) & ends].all()
+    dropped = choose(pool, keep=percent, by="random", end_of_turn="drop", seed=seed)
+    assert not dropped.active[ends].any()
+    assert not dropped.active[~np.repeat(dropped.chosen, pool.length)].any()
+
+
+def test_no_two_tokens_have_the_same_ticket() -> None:
+    rng = np.random.default_rng(0)
+    row = np.concatenate([np.arange(3000), [2**39, 2**39 + 1]])
+    length = np.concatenate([rng.integers(1, 300, 3000), [5000, 1]])
+    some = Answers(row=row, length=length, end_of_turn=np.zeros(length.sum(), bool))
+    tickets = _Lottery(seed=1, keeps_ends=False, last_row=np.uint64(2**64 - 1)).token_tickets(some)
+    assert len(np.unique(tickets)) == len(tickets) == length.sum() - len(length)  # all but the first of each row
 
 
 # ---------------------------------------------------------------- pools

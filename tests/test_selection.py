@@ -423,6 +423,7 @@ def test_the_hash_of_the_scores_depends_on_the_scores_and_not_on_their_parts(tmp
     runs["one and two"] = [one, two]
     runs["one row less"] = [one]
     runs["text-only row more"] = [one, two, text_only(2, 3)]
+    runs["another text in it"] = [one, two, replace(text_only(2, 3), fingerprint=5)]
     hashes = {
         name: run_select(
             SelectConfig(scores=write_scores(tmp_path / name, rows, 5 if name == "in parts" else 1), out=tmp_path)

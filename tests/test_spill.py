@@ -70,6 +70,15 @@ def test_rows_may_be_added_after_reading() -> None:
         assert held.read(0).column("row").to_pylist() == [1, 2]
 
 
+def test_rows_added_after_reading_overwrite_nothing() -> None:
+    with Spill(Path(), SCHEMA) as held:
+        for key in range(4):
+            held.add(table_of([key]), key)
+        held.read(1)
+        held.add(table_of([7]), 7)
+        assert [held.read(key).column("row").to_pylist() for key in held] == [[0], [1], [2], [3], [7]]
+
+
 def test_nothing_is_left_in_the_folder_and_the_folder_need_not_exist(tmp_path: Path) -> None:
     with Spill(tmp_path / "not" / "yet", SCHEMA) as held:
         held.add(table_of([1, 2]), 0)

@@ -220,6 +220,13 @@ def test_a_scan_names_what_is_wrong_with_a_part(tmp_path: Path) -> None:
         list(storage.scan_scores(tmp_path, ["row"], description="reading"))
 
 
+def test_a_large_part_can_be_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_CHUNK_ROWS", 4)
+    storage.write_part(tmp_path, 0, 1, storage.score_table(records(10)))
+    with pq.ParquetFile(storage.part_path(tmp_path, 0, 1)) as file:
+        assert [file.read_row_group(k).num_rows for k in range(file.num_row_groups)] == [4, 4, 2]
+
+
 def test_more_than_99999_parts_can_be_found(tmp_path: Path) -> None:
     storage.part_path(tmp_path, 123_456, 200_000).touch()
     assert storage.finished_parts(tmp_path, 200_000) == {123_456}
