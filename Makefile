@@ -22,6 +22,7 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/select_scale.py
+	$(BIN)/python benchmarks/select_growth.py
 	$(BIN)/python benchmarks/counterfactuals.py
 
 # Rebuilds the model that ships with the package, from random weights; about an hour on two cores. The result lies in

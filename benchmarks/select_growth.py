@@ -120,8 +120,8 @@ def measure(scratch: Path, n_rows: int, options: argparse.Namespace) -> tuple[li
 
 
 def show(verb: str, cost: Cost, n_rows: int) -> None:
-    a_row = 1e6 / n_rows
-    print(f"  {verb:43}{cost.wall:7.1f} s{cost.wall * a_row:8.2f} us a row{cost.peak:8,.0f} MiB at most", flush=True)
+    seconds = f"{cost.wall:7.1f} s wall{cost.cpu:7.1f} s CPU{cost.cpu * 1e6 / n_rows:8.2f} us CPU a row"
+    print(f"  {verb:43}{seconds}{cost.peak:8,.0f} MiB at most", flush=True)
 
 
 def with_growth(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -137,6 +137,7 @@ def with_growth(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for cost, name, n_rows in beside:
             for metric, ours, baseline in [
                 ("wall_us_per_row", one["cost"].wall * 1e6 / one["rows"], cost.wall * 1e6 / n_rows),
+                ("cpu_us_per_row", one["cost"].cpu * 1e6 / one["rows"], cost.cpu * 1e6 / n_rows),
                 ("peak_mib", one["cost"].peak, cost.peak),
             ]:
                 rows.append(
