@@ -199,6 +199,13 @@ def test_a_scan_gives_every_row_once_in_the_order_of_the_parts(
     assert all(0 < len(table) < chunk_rows + min(chunk_rows, largest_part) for table in tables)
 
 
+def test_long_answers_make_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_BATCH_BYTES", 500)
+    write_run(tmp_path, [scored(row, 40 if row < 10 else 1) for row in range(20)], 20)
+    tables = storage.scan_scores(tmp_path, ["row", "nll_seen", "nll_blind"], description="reading")
+    assert [len(table) for table in tables] == [2, 2, 2, 2, 2, 10]
+
+
 def test_a_scan_that_is_given_up_leaves_no_thread_waiting(tmp_path: Path) -> None:
     write_run(tmp_path, records(23), 20)
     before = threading.active_count()

@@ -64,6 +64,9 @@ SELECTION_SCHEMA = pa.schema(
 _CHUNK_ROWS = 1 << 13
 """Rows in one chunk of a list column that we build, and in one batch that is read: bounds the memory of either."""
 
+_BATCH_BYTES = 1 << 24
+"""A batch that is read is not filled up beyond this, so that long answers make small batches."""
+
 _PART_NAME = re.compile(r"part-(\d{5,})-of-(\d{5,})\.parquet")
 
 
@@ -254,12 +257,12 @@ def scan_scores(folder: Path, columns: Sequence[str], *, description: str) -> It
 
 
 def _batches(paths: Iterable[Path], columns: list[str]) -> Iterator[pa.Table]:
-    """The rows of all parts: parts are gathered until they hold _CHUNK_ROWS, large ones come by row groups."""
+    """The rows of all parts: small parts are gathered until they are a batch, large ones come by row groups."""
     waiting: list[pa.Table] = []
     for path in paths:
         for table in _row_groups(path, columns):
             waiting.append(table)
-            if sum(map(len, waiting)) >= _CHUNK_ROWS:
+            if sum(map(len, waiting)) >= _CHUNK_ROWS or sum(table.nbytes for table in waiting) >= _BATCH_BYTES:
                 yield pa.concat_tables(waiting)
                 waiting = []
     if waiting:
