@@ -190,7 +190,8 @@ def model_fingerprint(name: str) -> str:
 
 def model_name(name: str) -> str:
     """`name` as it is recorded: a local folder by its full path, so that it means the same from everywhere."""
-    return str(Path(name).resolve()) if name != "embedded" and Path(resolve_model(name)).is_dir() else name
+    path = Path(resolve_model(name))
+    return str(path.resolve()) if name != "embedded" and path.is_dir() else name
 
 
 def _first_line(error: BaseException) -> str:
