@@ -329,7 +329,7 @@ def test_a_worker_that_is_killed_costs_a_part_and_changes_nothing(
     out, error = process.communicate()
     assert process.returncode == 0, error
     assert out.startswith("300 rows: ")
-    assert error.count("visgain: a worker died") == 2
+    assert "visgain: a worker died" in error
     assert "Traceback" not in error
     assert_same(alone, tmp_path)
 
@@ -347,8 +347,10 @@ def test_ctrl_c_stops_the_workers_and_one_process_resumes(
     assert process.returncode == 1
     assert "visgain: interrupted; the same command resumes" in error
     assert "Traceback" not in error
-    time.sleep(1)
-    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+    until = time.monotonic() + 30
+    while [worker for worker in workers if Path(f"/proc/{worker}").exists()]:
+        assert time.monotonic() < until, "a worker outlives the run"
+        time.sleep(0.1)
     assert 5 <= len(list(tmp_path.glob("part-*.parquet"))) < 50
     run_score(ScoreConfig(model=str(blank_model), data=world / "data.json", out=tmp_path, part_rows=PART_ROWS))
     assert_same(alone, tmp_path)
@@ -379,7 +381,7 @@ def test_machines_come_and_go_while_a_plain_process_helps(
         cluster.shutdown()
     assert process.returncode == helper.returncode == 0, error + helper.stderr
     assert out == helper.stdout
-    assert error.count("visgain: a worker died") == 1
+    assert "visgain: a worker died" in error
     assert_same(alone, tmp_path)
 
 

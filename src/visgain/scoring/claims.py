@@ -8,12 +8,13 @@ torchrun or srun, or one after the other by hand, they share what is left, and t
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from visgain.errors import StorageError
 from visgain.storage import storage_errors
@@ -68,14 +69,23 @@ def claim(folder: Path, part: int) -> FileLock | None:
         return lock if _acquire(lock, timeout=0) else None
 
 
-def _acquire(lock: FileLock, timeout: float) -> bool:
+def _acquire(lock: BaseFileLock, timeout: float) -> bool:
     try:
-        lock.acquire(timeout=timeout)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lock.acquire(timeout=timeout)
     except Timeout:
         return False
-    except NotImplementedError as error:
-        raise StorageError(
-            f"the file system of {lock.lock_file} has no locks, so processes cannot share the work; use an --out on "
-            "another file system"
-        ) from error
+    except NotImplementedError:
+        raise _no_locks(lock) from None
+    if isinstance(lock, SoftFileLock):  # what filelock falls back to; a process that dies would keep it for ever
+        lock.release()
+        raise _no_locks(lock)
     return True
+
+
+def _no_locks(lock: BaseFileLock) -> StorageError:
+    return StorageError(
+        f"the file system of {lock.lock_file} has no locks, so processes cannot share the work; use an --out on "
+        "another file system"
+    )
