@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench embedded-model clean
+.PHONY: demo test test-slow test-integration lint bench embedded-model clean
 
 demo: .venv/installed
 	$(BIN)/visgain demo
@@ -13,6 +13,9 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m "slow or published"
+
+test-integration: .venv/installed
+	$(BIN)/python -m pytest -m integration
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -24,6 +27,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/select_scale.py
 	$(BIN)/python benchmarks/select_growth.py
 	$(BIN)/python benchmarks/counterfactuals.py
+	$(BIN)/python benchmarks/ranks.py
 
 # Rebuilds the model that ships with the package, from random weights; about an hour on two cores. The result lies in
 # scratch/embedded/questions; copy its files over src/visgain/world/embedded to ship it.
