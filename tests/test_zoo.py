@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
+from naive import built, naive_nll, picture
 from tiny_models import make_sample
 from visgain.errors import ModelError
 from visgain.scoring.forward import answer_nll
 from visgain.types import Encoded
 from visgain.vlm.batch import signature
-from visgain.vlm.load import VLM, load_processor, load_vlm
+from visgain.vlm.load import load_processor, load_vlm
 from visgain.vlm.template import make_encoder
 from zoo import ZOO
 
@@ -25,30 +23,8 @@ SHORT = make_sample("<image>\nWhat is this?", "A dog.")
 TWO = make_sample("<image>\nWhat is this?", "A red cup.", "Is there a dog?", "No, there is a cup.")
 
 
-@cache
-def built(name: str) -> VLM:
-    return ZOO[name].build()
-
-
-def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """Coarse random blocks: two of them differ at every scale that a model looks at."""
-    blocks = np.random.default_rng(seed).integers(0, 256, size=(3, 4, 3), dtype=np.uint8)
-    return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
-
-
 def encode(name: str, sample=TWO, seed: int = 0, size: tuple[int, int] = (40, 30)) -> Encoded:
     return ZOO[name].encode(built(name), sample, [picture(seed, size)])
-
-
-def naive_nll(vlm: VLM, encoded: Encoded) -> np.ndarray:
-    """Full logits at batch 1 from the model as it is: nothing of our head, batching or masks."""
-    ids = torch.from_numpy(encoded.input_ids)[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **encoded.model_inputs}
-    with torch.no_grad():
-        logits = vlm.model(**inputs, use_cache=False).logits[0]
-    log_q = torch.log_softmax(logits.double(), dim=-1)
-    where = encoded.is_answer.nonzero()[0]
-    return -log_q[where - 1, encoded.input_ids[where]].numpy()
 
 
 @pytest.mark.parametrize("name", ZOO)

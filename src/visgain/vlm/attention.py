@@ -127,13 +127,13 @@ def packed(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
     global _active
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
-    config._attn_implementation = PACKED
+    config._attn_implementation = {"": PACKED}  # the text would be handed on to a vision part's configuration inside
     _active = layout
     try:
         yield
     finally:
         _active = None
-        config._attn_implementation = before
+        config._attn_implementation = {"": before}
 
 
 def packed_attention(
@@ -152,7 +152,7 @@ def packed_attention(
     """
     layout = _active
     if layout is None or {query.shape[2], key.shape[2]} != {layout.length} or query.shape[0] != 1:
-        # A vision part that shares the language part's configuration; anything else, the self-check will find.
+        # Not the pack but a picture, or not of the pack alone; what this cannot be, the self-check will find.
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )

@@ -60,7 +60,7 @@ def shared_prefix(rows: Sequence[Encoded], image_token_id: int) -> int:
 
     It holds all pictures, and ends where each row still has a token of its own to predict its first answer token from.
     """
-    size = _common(rows, min(int(row.is_answer.argmax()) for row in rows) - 1)
+    size = _common(rows, min(int(_predicts(row).argmax()) for row in rows))
     return 0 if any((row.input_ids[size:] == image_token_id).any() for row in rows) else size
 
 
@@ -137,12 +137,20 @@ def _pieces(packed: Sequence[Branch], image_token_id: int) -> Iterator[_Piece]:
 
 
 def _head_size(packed: Sequence[Branch], image_token_id: int) -> int:
-    """Number of tokens before the first picture and the first answer that all of `packed` begin with."""
+    """Number of tokens before the first picture that all of `packed` begin with.
+
+    Each keeps a token of its own to predict its first answer token from.
+    """
     rows = [branch.rows[0] for branch in packed]
     if len(rows) < 2:
         return 0
-    size = min(int((row.is_answer | (row.input_ids == image_token_id)).argmax()) for row in rows)
+    size = min(int((_predicts(row) | (row.input_ids == image_token_id)).argmax()) for row in rows)
     return _common(rows, size)
+
+
+def _predicts(row: Encoded) -> np.ndarray:
+    """Whether the token after each is an answer token, bool [T]."""
+    return np.append(row.is_answer[1:], False)
 
 
 def _common(rows: Sequence[Encoded], limit: int) -> int:
