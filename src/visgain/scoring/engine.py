@@ -18,8 +18,8 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +34,11 @@ from visgain.vlm.forward import pack_nll
 from visgain.vlm.load import VLM
 from visgain.vlm.logits import answer_logits, token_nll
 from visgain.vlm.pack import Branch, branches, pack, placed, row_positions
+from visgain.vlm.precision import can_widen, widened
 
 NLL = Float32[np.ndarray, " A"]
+Pair = tuple[NLL, NLL]
+"""Seen and blind."""
 Rows = Sequence[Encoded]
 """Conversations about the same pictures in the same condition."""
 
@@ -57,7 +60,7 @@ class Unit:
 
     @classmethod
     def of(cls, rows: Rows, blind: Mapping[str, Any]) -> Unit:
-        """From rows that hold their pictures, which are the same, and the first one's inputs when blind."""
+        """From rows that hold their pictures, which are taken alike, and the first one's inputs when blind."""
         return cls(
             rows=[replace(row, model_inputs=_split(row.model_inputs)[0]) for row in rows],
             seen=_split(rows[0].model_inputs)[1],
@@ -72,6 +75,11 @@ class Unit:
     def kind(self) -> Any:
         """Units of the same kind can go side by side."""
         return signature(self.rows_with(self.seen)[0])
+
+
+def taken_alike(one: Encoded, other: Encoded) -> bool:
+    """Whether the model takes the same pictures alike in two rows. A Q-Former reads the question beside them."""
+    return _equal(_split(one.model_inputs)[1], _split(other.model_inputs)[1])
 
 
 def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -144,24 +152,50 @@ def _span_inputs(vlm: VLM, row: Encoded, start: int, stop: int) -> dict[str, Any
 # ---------------------------------------------------------------- the engine
 
 
+class Extent(NamedTuple):
+    """How far conversations go: tokens of the longest, and of the longest that shares some; most pictures."""
+
+    tokens: int = 0
+    shared: int = 0
+    pictures: int = 0
+
+
+def extent(units: Sequence[Unit], image_token_id: int) -> Extent:
+    """The furthest of `units` in each respect."""
+    sharing = [unit for unit in units if branches(unit.rows, image_token_id)[0].n_shared]
+    return Extent(
+        tokens=max(len(row.input_ids) for unit in units for row in unit.rows),
+        shared=max((len(row.input_ids) for unit in sharing for row in unit.rows), default=0),
+        pictures=max(_n_pictures(row.input_ids == image_token_id) for unit in units for row in unit.rows),
+    )
+
+
+def _n_pictures(is_image: np.ndarray) -> int:
+    """Runs of image tokens, of which a picture may have several."""
+    return int(np.count_nonzero(np.diff(is_image.astype(np.int8), prepend=0) == 1))
+
+
 @dataclass(kw_only=True)
 class Engine:
-    """A model and the way in which it computes. `pack_tokens` shrinks where the memory turns out to be too small."""
+    """A model and the way in which it computes. `pack_tokens` shrinks where the memory turns out to be too small.
+
+    `tried`: how far the way was compared with the plain forward. It is trusted so far; what goes further is compared
+    when it comes.
+    """
 
     vlm: VLM
     way: str
     pack_tokens: int
+    tried: Extent = field(default_factory=Extent)
 
-    def score(self, units: Sequence[Unit]) -> list[tuple[NLL, NLL]]:
+    def score(self, units: Sequence[Unit]) -> list[Pair]:
         """(seen, blind) NLLs in nats of the answer tokens of each row, unit after unit.
 
         The two conditions run in the same shapes, so that what is subtracted was rounded alike. Raises ModelError if a
         single conversation is too large for the device's memory.
         """
         try:
-            seen = WAYS[self.way](self.vlm, [unit.rows_with(unit.seen) for unit in units])
-            blind = WAYS[self.way](self.vlm, [unit.rows_with(unit.blind) for unit in units])
-            return list(zip(seen, blind, strict=True))
+            return self._pairs(self.way, units) if self._is_trusted(units) else self._compared(units)
         except torch.OutOfMemoryError as error:
             smaller = halves(units)
             if smaller is None:
@@ -172,6 +206,23 @@ class Engine:
         torch.cuda.empty_cache()
         self.pack_tokens = max(1, self.pack_tokens // 2)
         return [pair for half in smaller for pair in self.score(half)]
+
+    def _is_trusted(self, units: Sequence[Unit]) -> bool:
+        further = extent(units, self.vlm.image_token_id)
+        return self.way == "single" or all(new <= tried for new, tried in zip(further, self.tried, strict=True))
+
+    def _compared(self, units: Sequence[Unit]) -> list[Pair]:
+        """In the engine's way if that agrees with the plain forward, else in that."""
+        plain = self._pairs("single", units)
+        if _disagreement(self.vlm, self.way, units, _joined(plain), TOLERANCE[self.vlm.model.dtype]) is not None:
+            return plain
+        self.tried = Extent(*map(max, extent(units, self.vlm.image_token_id), self.tried))
+        return self._pairs(self.way, units)
+
+    def _pairs(self, way: str, units: Sequence[Unit]) -> list[Pair]:
+        seen = WAYS[way](self.vlm, [unit.rows_with(unit.seen) for unit in units])
+        blind = WAYS[way](self.vlm, [unit.rows_with(unit.blind) for unit in units])
+        return list(zip(seen, blind, strict=True))
 
     def n_tokens(self, unit: Unit) -> int:
         """Tokens that `unit` takes in one condition."""
@@ -190,7 +241,7 @@ def halves(units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]] | None:
     return [replace(units[0], rows=rows[: len(rows) // 2])], [replace(units[0], rows=rows[len(rows) // 2 :])]
 
 
-def scored(engine: Engine, units: Iterable[Unit]) -> Iterator[tuple[Unit, list[tuple[NLL, NLL]]]]:
+def scored(engine: Engine, units: Iterable[Unit]) -> Iterator[tuple[Unit, list[Pair]]]:
     """Each of `units` with the (seen, blind) NLLs of its rows, as packs of at most `engine.pack_tokens` fill up.
 
     A pack holds units whose inputs go side by side. The same units in the same order make the same packs.
@@ -208,7 +259,7 @@ def scored(engine: Engine, units: Iterable[Unit]) -> Iterator[tuple[Unit, list[t
         yield from _by_unit(engine, pack_of_units)
 
 
-def _by_unit(engine: Engine, units: Sequence[Unit]) -> Iterator[tuple[Unit, list[tuple[NLL, NLL]]]]:
+def _by_unit(engine: Engine, units: Sequence[Unit]) -> Iterator[tuple[Unit, list[Pair]]]:
     pairs = iter(engine.score(units))
     for unit in units:
         yield unit, list(itertools.islice(pairs, len(unit.rows)))
@@ -219,10 +270,14 @@ def _by_unit(engine: Engine, units: Sequence[Unit]) -> Iterator[tuple[Unit, list
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The way that was chosen, and why the ones before it were not; `finite`: whether all NLLs of the probes are."""
+    """The way that was chosen, and why the ones before it were not.
+
+    `tried`: the extent of the probes. `finite`: whether all their NLLs are.
+    """
 
     way: str
     rejected: Mapping[str, str]
+    tried: Extent
     finite: bool
 
 
@@ -231,13 +286,18 @@ def choose_way(vlm: VLM, probes: Sequence[Unit], ways: Iterable[str] = WAYS) -> 
 
     Raises ModelError if no way agrees, or if the pictures do not reach the model.
     """
+    # Two units at least whose pictures can be mixed up in a pack.
+    probes = [*probes, replace(probes[-1], seen=probes[-1].blind, blind=probes[-1].seen)]
     reference = _all_nll(vlm, "single", probes)
     _check_canary(vlm, probes, reference)
     rejected: dict[str, str] = {}
     for way in ways:
-        reason = _disagreement(vlm, way, probes, reference)
+        reason = _disagreement(vlm, way, probes, reference, TOLERANCE[vlm.model.dtype])
         if reason is None:
-            return Choice(way=way, rejected=rejected, finite=bool(np.isfinite(reference).all()))
+            reason = _disagreement_in_float32(vlm, way, probes)
+        if reason is None:
+            tried, finite = extent(probes, vlm.image_token_id), bool(np.isfinite(reference).all())
+            return Choice(way=way, rejected=rejected, tried=tried, finite=finite)
         rejected[way] = reason
     reasons = "; ".join(f"{way}: {reason}" for way, reason in rejected.items())
     raise ModelError(f"no way of scoring agrees with the model's own forward ({reasons})")
@@ -245,21 +305,47 @@ def choose_way(vlm: VLM, probes: Sequence[Unit], ways: Iterable[str] = WAYS) -> 
 
 def _all_nll(vlm: VLM, way: str, units: Sequence[Unit]) -> Float32[np.ndarray, "2 A"]:
     """NLLs of all answer tokens of `units` in their order, seen and blind, from packs as large as can be."""
-    engine = Engine(vlm=vlm, way=way, pack_tokens=sum(len(row.input_ids) for unit in units for row in unit.rows))
+    n_tokens = sum(len(row.input_ids) for unit in units for row in unit.rows)
+    engine = Engine(vlm=vlm, way=way, pack_tokens=n_tokens, tried=extent(units, vlm.image_token_id))
     found = {id(unit): pairs for unit, pairs in scored(engine, units)}
-    pairs = [np.stack(pair) for unit in units for pair in found[id(unit)]]
-    return np.concatenate(pairs, axis=1)
+    return _joined([pair for unit in units for pair in found[id(unit)]])
 
 
-def _disagreement(vlm: VLM, way: str, probes: Sequence[Unit], reference: Float32[np.ndarray, "2 A"]) -> str | None:
+def _joined(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Float32[np.ndarray, "2 A"]:
+    return np.concatenate([np.stack(pair) for pair in pairs], axis=1)
+
+
+def _disagreement(
+    vlm: VLM, way: str, probes: Sequence[Unit], reference: Float32[np.ndarray, "2 A"], tolerance: float
+) -> str | None:
     """Why `way` cannot be used, or None."""
     try:
-        difference = np.abs(_all_nll(vlm, way, probes) - reference)
+        found = _all_nll(vlm, way, probes)
     except Exception as error:  # a model that does not take packs may fail anywhere, in any manner
         return (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__
-    # Where the reference is not finite, the guard against that has its say later.
-    worst = float(difference[np.isfinite(reference)].max(initial=0.0))
-    return None if worst <= TOLERANCE[vlm.model.dtype] else f"off by {worst:.2g} nats"
+    worst = _off_by(found, reference)
+    return None if worst <= tolerance else f"off by {worst:.2g} nats"
+
+
+def _disagreement_in_float32(vlm: VLM, way: str, probes: Sequence[Unit]) -> str | None:
+    """The same for a model of 16 bits, in whose rounding a small mistake can hide; None also where nothing can be said.
+
+    The model's own kernels may round to fewer bits than float32 has, so not all of its precision is asked for.
+    """
+    if way == "single" or not can_widen(vlm.model):
+        return None
+    with widened(vlm.model):
+        try:
+            reference = _all_nll(vlm, "single", probes)
+        except Exception:  # a model that is made for 16 bits
+            return None
+        return _disagreement(vlm, way, probes, reference, tolerance=0.01)
+
+
+def _off_by(found: Float32[np.ndarray, "2 A"], reference: Float32[np.ndarray, "2 A"]) -> float:
+    """The largest difference; where the reference is not finite, the guard against that has its say later."""
+    finite = np.isfinite(reference)
+    return float(np.abs(found[finite] - reference[finite]).max(initial=0.0))
 
 
 def _check_canary(vlm: VLM, probes: Sequence[Unit], reference: Float32[np.ndarray, "2 A"]) -> None:
@@ -285,14 +371,14 @@ def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def with_longest(unit: Unit, length: int) -> Unit:
-    """`unit` with its first row once more, its end repeated until it has `length` tokens.
+    """`unit` with its first row once more, its answer tokens repeated at the end until it has `length` tokens.
 
     Windows, and positions that are scaled by length, show only in long conversations, and the probes may be short.
     """
     row = unit.rows[0]
     size = len(row.input_ids)
-    tail = max(1, size - int(row.is_answer.argmax()))
-    index = np.concatenate([np.arange(size), size - tail + np.arange(max(0, length - size)) % tail])
+    # Of the answers alone: there may be a picture between them, which must not stand there twice.
+    index = np.concatenate([np.arange(size), np.resize(row.is_answer.nonzero()[0], max(0, length - size))])
     is_answer = row.is_answer[index]
     n = int(is_answer.sum())
     inputs = {name: value[:, torch.from_numpy(index)] for name, value in row.model_inputs.items()}

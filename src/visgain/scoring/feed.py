@@ -7,6 +7,7 @@ distinct picture decoded and prepared once, seen and blind; and the records of t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import signal
 import sys
@@ -25,9 +26,11 @@ from torch.utils.data import Dataset as MapDataset
 from visgain.counterfactuals import Counterfactual
 from visgain.data import Dataset
 from visgain.errors import EncodingError, ImageError
-from visgain.scoring.engine import Unit
+from visgain.scoring.engine import Unit, taken_alike
 from visgain.types import Encoded, ImageRef, Sample, Skipped, TokenScores
 from visgain.vlm.encode import Encoder, without_end_of_turn
+
+Row = tuple[Sample, Encoded]
 
 _NONE = np.zeros(0, dtype=np.float32)
 
@@ -79,36 +82,39 @@ class Feed(MapDataset[Fed]):
         units, records = [], []
         for group in groups.values():
             samples, pictures = [sample for sample, _ in group], group[0][1]
-            unit, found, without = self._unit(samples, pictures)
-            done += without
-            if unit is not None:
-                units.append(unit)
-                records.append(found)
+            encoded, unreadable = self._encoded(samples, pictures)
+            done += unreadable
+            if not pictures:
+                done += itertools.starmap(_record, encoded)
+                continue
+            for alike in _grouped(encoded):
+                try:
+                    units.append(self._unit(alike, pictures))
+                except EncodingError as error:
+                    done += [skipped(sample, str(error)) for sample, _ in alike]
+                else:
+                    records.append(list(itertools.starmap(_record, alike)))
         return Fed(part=part, units=units, records=records, done=done)
 
-    def _unit(
-        self, samples: Sequence[Sample], pictures: Sequence[Picture]
-    ) -> tuple[Unit | None, list[TokenScores], list[TokenScores | Skipped]]:
-        """Conversations about the same pictures: the unit, its records to be, and the records that need no model."""
-        done: list[TokenScores | Skipped] = []
-        rows: list[tuple[Sample, Encoded]] = []
+    def _encoded(self, samples: Sequence[Sample], pictures: Sequence[Picture]) -> tuple[list[Row], list[Skipped]]:
+        """Conversations about the same pictures, and those that cannot be encoded."""
+        rows: list[Row] = []
+        unreadable: list[Skipped] = []
         images = [picture.image for picture in pictures]
         for sample, encoded in zip(samples, self.encoder.encode_all(samples, images), strict=True):
             try:
                 rows.append((sample, self._cut(encoded)))
             except EncodingError as error:
-                done.append(skipped(sample, str(error)))
-        if not rows or not pictures:
-            return None, [], [*done, *(_record(sample, encoded) for sample, encoded in rows)]
-        try:
-            first, like = rows[0]
-            blind = self._cut(self.encoder.encode_all([first], self._blind(pictures))[0])
-            if not np.array_equal(blind.input_ids, like.input_ids):
-                raise EncodingError("the counterfactual changed the number of image tokens")
-        except EncodingError as error:
-            return None, [], [*done, *(skipped(sample, str(error)) for sample, _ in rows)]
-        unit = Unit.of([encoded for _, encoded in rows], blind.model_inputs)
-        return unit, [_record(sample, encoded) for sample, encoded in rows], done
+                unreadable.append(skipped(sample, str(error)))
+        return rows, unreadable
+
+    def _unit(self, rows: Sequence[Row], pictures: Sequence[Picture]) -> Unit:
+        """`rows` with a blind side. Raises EncodingError if the counterfactual cannot stand where the pictures do."""
+        sample, like = rows[0]
+        blind = self._cut(self.encoder.encode_all([sample], self._blind(pictures))[0])
+        if not np.array_equal(blind.input_ids, like.input_ids):
+            raise EncodingError("the counterfactual changed the number of image tokens")
+        return Unit.of([encoded for _, encoded in rows], blind.model_inputs)
 
     def _cut(self, encoded: Encoded | EncodingError) -> Encoded:
         if isinstance(encoded, EncodingError):
@@ -141,6 +147,18 @@ class Feed(MapDataset[Fed]):
             if found.digest != picture.digest:
                 return found.image
         raise EncodingError("the dataset holds no other picture to swap in")
+
+
+def _grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows about the same pictures, together where the model takes the pictures alike."""
+    groups: list[list[Row]] = []
+    for row in rows:
+        group = next((group for group in groups if taken_alike(group[0][1], row[1])), None)
+        if group is None:
+            groups.append([row])
+        else:
+            group.append(row)
+    return groups
 
 
 def _decode(image: ImageRef, decoded: dict[str, Picture]) -> Picture:

@@ -7,6 +7,7 @@ part, and so every share of the work and every estimate of the time left, a fair
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,7 @@ def make_plan(dataset: Dataset, n_rows: int, part_rows: int) -> Plan:
     pieces = [rows[i : i + MAX_UNIT_ROWS] for rows in units.values() for i in range(0, len(rows), MAX_UNIT_ROWS)]
     weight = [int(sizes[rows].sum()) for rows in pieces]
     order = sorted(range(len(pieces)), key=lambda i: (sources[pieces[i][0]], -weight[i], pieces[i][0]))
-    n_parts = max(1, math.ceil(n_rows / part_rows))
+    n_parts = max(1, min(math.ceil(n_rows / part_rows), len(pieces)))  # no part without rows
     dealt = sorted(((place % n_parts, -weight[i], pieces[i]) for place, i in enumerate(order)), key=lambda one: one[:2])
     lengths = [len(rows) for _, _, rows in dealt]
     return Plan(
@@ -124,13 +125,15 @@ def read_plan(folder: Path, n_parts: int) -> Plan:
     return Plan(part=part, unit=unit, row=row, n_parts=n_parts, longest_text=longest)
 
 
-def probe_units(plan: Plan, n: int, n_rows: int) -> list[list[int]]:
-    """`n` units to try things on, at most `n_rows` rows of each: half of them those with the most rows."""
+def probe_units(plan: Plan, n_rows: int) -> list[list[int]]:
+    """The units of the first part, at most `n_rows` rows of each, in the order in which to try things on them.
+
+    By turns the one with the most rows and the smallest that is left.
+    """
     units = plan.units(0)
-    shared = sorted(units, key=lambda rows: -len(rows))[: max(1, n // 2)]
-    others = [rows for rows in reversed(units) if rows not in shared]
-    step = max(1, len(others) // max(1, n - len(shared)))
-    return [rows[:n_rows] for rows in [*shared, *others[::step]][:n]]
+    most_rows = sorted(range(len(units)), key=lambda unit: -len(units[unit]))
+    turns = itertools.chain.from_iterable(zip(most_rows, reversed(range(len(units))), strict=True))
+    return [units[unit][:n_rows] for unit in dict.fromkeys(turns)]
 
 
 def rotated(parts: Sequence[int], rank: int, world: int) -> list[int]:

@@ -31,7 +31,7 @@ from visgain.config import ScoreConfig
 from visgain.counterfactuals import parse_counterfactual
 from visgain.data import Dataset, open_dataset
 from visgain.scoring.claims import Rank, alone, claim
-from visgain.scoring.engine import WAYS, Engine, Unit, choose_way, scored, with_longest
+from visgain.scoring.engine import WAYS, Choice, Engine, Extent, Unit, choose_way, scored, with_longest
 from visgain.scoring.feed import Fed, Feed, feed, skipped
 from visgain.scoring.plan import Plan, make_plan, probe_units, read_plan, rotated, write_plan
 from visgain.storage import (
@@ -235,28 +235,28 @@ def open_run(config: ScoreConfig) -> tuple[Scorer, Plan]:
             n_rows = min(len(dataset), config.limit or len(dataset))
             plan = make_plan(dataset, n_rows, config.part_rows)
         wanted = [record["way"]] if known else list(WAYS) if config.way == "auto" else [config.way]
-        vlm, way = _checked(config, source, vlm, plan, wanted)
+        vlm, choice = _checked(config, source, vlm, plan, wanted)
         if not known:
             write_plan(config.out, plan)
-            claim_run(config.out, _identity(config, source, vlm), _record_of(config, source, vlm, plan, way))
+            claim_run(config.out, _identity(config, source, vlm), _record_of(config, source, vlm, plan, choice.way))
     pack_tokens = config.batch_tokens or PACK_TOKENS.get(vlm.device.type, PACK_TOKENS["cpu"])
-    engine = Engine(vlm=vlm, way=way, pack_tokens=pack_tokens)
+    engine = Engine(vlm=vlm, way=choice.way, pack_tokens=pack_tokens, tried=choice.tried)
     return Scorer(engine=engine, source=source, config=config, workers=_workers(config, vlm.device)), plan
 
 
-def _checked(config: ScoreConfig, source: Feed, vlm: VLM, plan: Plan, ways: Sequence[str]) -> tuple[VLM, str]:
+def _checked(config: ScoreConfig, source: Feed, vlm: VLM, plan: Plan, ways: Sequence[str]) -> tuple[VLM, Choice]:
     """The model in a dtype that holds its numbers, and the first of `ways` that computes as it does alone."""
-    fed = [source[0, rows] for rows in probe_units(plan, PROBE_UNITS, PROBE_ROWS)]
-    probes = [unit for item in fed for unit in item.units]
-    if not probes:
-        return vlm, ways[0]  # nothing to score, or nothing that can be
+    fed = (source[0, rows] for rows in probe_units(plan, PROBE_ROWS))
+    probes = list(itertools.islice((unit for item in fed for unit in item.units), PROBE_UNITS))
+    if not probes:  # nothing to score, or nothing that can be
+        return vlm, Choice(way="single", rejected={}, tried=Extent(), finite=True)
     longest = min(config.max_length, _most_positions(vlm), len(probes[0].rows[0].input_ids) + plan.longest_text)
     probes = [with_longest(probes[0], longest), *probes[1:]]
     choice = choose_way(vlm, probes, ways)
     if not choice.finite and config.dtype == "auto" and vlm.model.dtype == torch.float16:
         vlm = _load(config, "bfloat16")
         choice = choose_way(vlm, probes, ways)
-    return vlm, choice.way
+    return vlm, choice
 
 
 def _most_positions(vlm: VLM) -> int:
