@@ -25,14 +25,17 @@ def table_of(rows: list[int]) -> pa.Table:
     return pa.Table.from_pylist(lines, schema=SCHEMA)
 
 
-@pytest.mark.parametrize("buffer_bytes", [1, 200, 1 << 20])
+@pytest.mark.parametrize(
+    ("buffer_bytes", "buffer_rows"), [(1, 1 << 20), (200, 1 << 20), (1 << 20, 1 << 20), (1 << 20, 5)]
+)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 40), st.integers(-3, 3)), max_size=9), max_size=6))
 def test_every_key_gives_back_its_rows_in_the_order_of_adding(
-    buffer_bytes: int, added: list[list[tuple[int, int]]]
+    buffer_bytes: int, buffer_rows: int, added: list[list[tuple[int, int]]]
 ) -> None:
     expected = defaultdict(list)
     with pytest.MonkeyPatch.context() as patch, Spill(Path(tempfile.gettempdir()), SCHEMA) as held:
         patch.setattr(spill, "BUFFER_BYTES", buffer_bytes)
+        patch.setattr(spill, "BUFFER_ROWS", buffer_rows)
         patch.setattr(spill, "_PIECE_ROWS", 4)
         for pairs in added:
             held.add(table_of([row for row, _ in pairs]), np.array([key for _, key in pairs], np.int64))
@@ -68,6 +71,15 @@ def test_rows_may_be_added_after_reading() -> None:
         assert held.read(0).column("row").to_pylist() == [1]
         held.add(table_of([2]), 0)
         assert held.read(0).column("row").to_pylist() == [1, 2]
+
+
+@pytest.mark.parametrize(("limit", "value"), [("BUFFER_ROWS", 5), ("BUFFER_BYTES", 100)])
+def test_no_more_than_the_buffer_is_held_back(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
+    monkeypatch.setattr(spill, limit, value)
+    with Spill(Path(), SCHEMA) as held:
+        for _ in range(20):
+            held.add(table_of([1, 2]), 0)
+            assert sum(len(rows) for rows, _ in held._waiting) < 5
 
 
 def test_rows_added_after_reading_overwrite_nothing() -> None:

@@ -103,8 +103,9 @@ def _blocks(path: Path, name: str) -> Iterator[pa.Table]:
 def _parquet_blocks(path: Path, name: str) -> Iterator[pa.Table]:
     with pq.ParquetFile(path) as file:
         columns = _columns(path, name, file.schema_arrow.names)
-        for batch in file.iter_batches(_BLOCK_ROWS, columns=columns):
-            yield pa.Table.from_batches([batch])
+        for index in range(file.num_row_groups):  # one at a time, or the reader keeps what it read
+            for batch in file.iter_batches(_BLOCK_ROWS, row_groups=[index], columns=columns):
+                yield pa.Table.from_batches([batch])
 
 
 def _csv_blocks(path: Path, name: str) -> Iterator[pa.Table]:

@@ -21,7 +21,8 @@ from visgain.quantile import Passes
 from visgain.storage import storage_errors
 
 BUFFER_BYTES = 1 << 26
-"""Rows held back until they are written: the larger, the fewer and longer the pieces of each key."""
+BUFFER_ROWS = 1 << 20
+"""What is held back until it is written, at most: the more, the fewer and longer the pieces of each key."""
 
 WINDOW_ROWS = 1 << 16
 """Rows of the dataset in one window: what is in memory at a time when tables are sorted or joined by row."""
@@ -43,7 +44,7 @@ class Spill:
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 closed by __exit__
         self._places: defaultdict[int, array[int]] = defaultdict(lambda: array("q"))  # start, length, start, length ...
         self._waiting: list[tuple[pa.Table, np.ndarray]] = []
-        self._waiting_bytes = 0
+        self._waiting_bytes = self._waiting_rows = 0
 
     def __enter__(self) -> Spill:
         return self
@@ -55,7 +56,8 @@ class Spill:
         """Set `rows` aside under their keys, or all under one."""
         self._waiting.append((rows, np.broadcast_to(np.asarray(key, dtype=np.int64), len(rows))))
         self._waiting_bytes += rows.nbytes
-        if self._waiting_bytes >= BUFFER_BYTES:
+        self._waiting_rows += len(rows)
+        if self._waiting_bytes >= BUFFER_BYTES or self._waiting_rows >= BUFFER_ROWS:
             self._flush()
 
     def __iter__(self) -> Iterator[int]:
@@ -97,7 +99,7 @@ class Spill:
             return
         rows = pa.concat_tables([table for table, _ in self._waiting]).cast(self.schema)
         key = np.concatenate([keys for _, keys in self._waiting])
-        self._waiting, self._waiting_bytes = [], 0
+        self._waiting, self._waiting_bytes, self._waiting_rows = [], 0, 0
         if (key != key[:1]).any():
             order = np.argsort(key, kind="stable")
             rows, key = _taken(rows, order), key[order]

@@ -400,8 +400,9 @@ def scan_selection(folder: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
     path = folder / "selection.parquet"
     schema = pa.schema([SELECTION_SCHEMA.field(name) for name in columns])
     with selection_errors(path), pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_CHUNK_ROWS, columns=schema.names):
-            yield pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+        for index in range(file.num_row_groups):  # one at a time: the reader keeps what it read of all it was asked for
+            for batch in file.iter_batches(_CHUNK_ROWS, row_groups=[index], columns=schema.names):
+                yield pa.Table.from_batches([batch]).select(schema.names).cast(schema)
 
 
 @contextmanager
