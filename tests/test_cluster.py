@@ -246,7 +246,7 @@ def start(world: Path, blank_model: Path, tmp_path: Path) -> Iterator[Start]:
     def start(*options: str, address: str = "local") -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "visgain", "score", "--model", str(blank_model), "--backend", "ray"]
         command += ["--data", str(world / "data.json"), "--out", str(tmp_path), "--part-rows", str(PART_ROWS)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": address}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": address, "RAY_worker_niceness": "0"}
         pipe = subprocess.PIPE
         started.append(
             subprocess.Popen(

@@ -109,8 +109,7 @@ class Workers:
         tqdm.write(f"visgain: a worker died, others do its part: {_first_line(error)}", file=sys.stderr)
         if self._n_deaths >= DEATHS * (1 + len(self._tasks)):
             raise VisgainError(
-                f"{self._n_deaths} workers died while no part was finished: is there enough memory? "
-                "Ray's logs tell more; the same command resumes"
+                f"{self._n_deaths} workers died while no part was finished, the last one of this: {_first_line(error)}"
             ) from error
 
     def _machines(self) -> list[Resources]:
