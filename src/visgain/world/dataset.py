@@ -27,9 +27,12 @@ from visgain.world.talk import (
     Exchange,
     Speaker,
     caption,
+    colour,
     conversation,
     existence,
     notes,
+    place,
+    size,
 )
 
 
@@ -45,6 +48,7 @@ class Split:
     turns: tuple[int, int]  # fewest and most exchanges in a visual conversation
     objects: int = MAX_OBJECTS  # most objects in a picture
     notes: float = 0.0  # of rows; they have no ground truth
+    visual: tuple[Speaker, ...] = VISUAL  # what visual conversations are about
 
     def draw(self, rng: np.random.Generator, scene: Scene, bias: float) -> list[Exchange]:
         """One row's conversation about `scene`."""
@@ -53,7 +57,7 @@ class Split:
             return [caption(rng, scene, bias)]
         if share < self.captions + self.common_sense:
             return conversation(rng, scene, bias, COMMON_SENSE, 1)
-        speakers: tuple[Speaker, ...] = VISUAL
+        speakers = self.visual
         if share < self.captions + self.common_sense + self.existence:
             speakers = (existence,)
         elif share > 1 - self.notes and (listed := notes(rng, scene, bias)) is not None:
@@ -69,9 +73,19 @@ SPLITS = {
     "train": Split(bias=0.9, captions=0.15, common_sense=0.25, text_only=0.06, existence=0.15, turns=(1, 3)),
     "test": Split(bias=-1.0, captions=0.2, common_sense=0.0, text_only=0.0, existence=0.35, turns=(1, 1)),
     # The embedded model learns to see (one object to a picture), to look around ("align"), to find an object by its
-    # kind ("notes"), and to answer ("questions").
+    # kind ("notes"), to answer about it ("ask"), and then everything together ("questions").
     "easy": Split(bias=0.0, captions=0.5, common_sense=0.02, text_only=0.02, existence=0.0, turns=(1, 1), objects=1),
     "notes": Split(bias=0.0, captions=0.0, common_sense=0.0, text_only=0.0, existence=0.0, turns=(1, 1), notes=1.0),
+    "ask": Split(
+        bias=0.0,
+        captions=0.0,
+        common_sense=0.0,
+        text_only=0.0,
+        existence=0.0,
+        turns=(2, 4),
+        notes=0.2,
+        visual=(colour, size, place),
+    ),
     "questions": Split(
         bias=0.0, captions=0.15, common_sense=0.03, text_only=0.03, existence=0.1, turns=(3, 4), notes=0.15
     ),

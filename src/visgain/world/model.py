@@ -30,8 +30,9 @@ PATCH_SIDE = 12
 VOCABULARY = 640
 WIDTH = 128
 LAYERS = 4
-HEADS = 2
+HEADS = 4
 INITIAL_STD = 0.08
+PLACE_STD = 1.0
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 
 CHAT_TEMPLATE = (
@@ -98,7 +99,7 @@ def build_processor() -> LlavaProcessor:
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
     # Initial weights are larger than those of large models, in proportion to 1 / sqrt(width): with the usual 0.02 the
-    # pictures' signal and the patches' places are too faint, and learning to see starts several times later.
+    # pictures' signal is too faint, and learning to see starts several times later.
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=3 * WIDTH,
@@ -142,6 +143,9 @@ def build_blank(folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(build_config(processor.tokenizer))
+        # A patch of one colour enters the tower with a standard deviation of one or two. With the usual initial weights
+        # where it stands is drowned by that, and the model learns what is in a picture and not where.
+        torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=PLACE_STD)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -1,6 +1,7 @@
 """Rebuild the embedded model from nothing: `make embedded-model`, or `python -m visgain.world.rebuild --out FOLDER`.
 
-A curriculum of four runs of the project's own `train`: one object to a picture, full scenes, notes, questions.
+A curriculum of five runs of the project's own `train`: one object to a picture, full scenes, notes, questions
+about one thing, everything.
 Rerunning resumes. The trained model is FOLDER/questions; how good it is lands in FOLDER/quality.json.
 """
 
@@ -22,7 +23,7 @@ from visgain.world.model import build_blank
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    split: Literal["easy", "align", "notes", "questions"]
+    split: Literal["easy", "align", "notes", "ask", "questions"]
     rows: int
     recipe: str
 
@@ -30,8 +31,9 @@ class Stage:
 STAGES = (
     Stage(split="easy", rows=40_000, recipe="embedded-easy"),
     Stage(split="align", rows=80_000, recipe="embedded-align"),
-    Stage(split="notes", rows=30_000, recipe="embedded-notes"),
-    Stage(split="questions", rows=64_000, recipe="embedded-questions"),
+    Stage(split="notes", rows=32_000, recipe="embedded-notes"),
+    Stage(split="ask", rows=32_000, recipe="embedded-ask"),
+    Stage(split="questions", rows=76_800, recipe="embedded-questions"),
 )
 
 
