@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.utils.data import Dataset as MapDataset
 
 from visgain.counterfactuals import Counterfactual
 from visgain.data import Dataset
-from visgain.errors import EncodingError, ImageError
+from visgain.errors import EncodingError, ImageError, VisgainError
 from visgain.scoring.engine import Unit, taken_alike
 from visgain.types import Encoded, ImageRef, Sample, Skipped, TokenScores
 from visgain.vlm.encode import Encoder, without_end_of_turn
@@ -224,6 +225,20 @@ def feed(source: Feed, items: Iterable[tuple[int, Sequence[int]]], workers: int)
     )
     for thin in loader:
         yield _converted(thin, np.ndarray, torch.from_numpy)
+
+
+@contextmanager
+def deaths_told() -> Iterator[None]:
+    """Turn PyTorch's error about a worker that died into one line. It comes wherever its parent happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise VisgainError(
+            "a process that prepares rows died, perhaps for want of memory; the same command resumes, "
+            "with fewer --workers if need be"
+        ) from error
 
 
 class _Thin(MapDataset[Fed]):

@@ -32,7 +32,7 @@ from visgain.counterfactuals import parse_counterfactual
 from visgain.data import Dataset, open_dataset
 from visgain.scoring.claims import Rank, alone, claim
 from visgain.scoring.engine import WAYS, Choice, Engine, Extent, Unit, choose_way, scored, with_longest
-from visgain.scoring.feed import Fed, Feed, feed, skipped
+from visgain.scoring.feed import Fed, Feed, deaths_told, feed, skipped
 from visgain.scoring.plan import Plan, make_plan, probe_units, read_plan, rotated, write_plan
 from visgain.storage import (
     claim_run,
@@ -159,7 +159,7 @@ def score_parts(scorer: Scorer, plan: Plan, parts: Iterable[int], progress: Prog
     n_written = 0
     writing: Future[None] | None = None
     try:
-        with ThreadPoolExecutor(1) as writer:
+        with deaths_told(), ThreadPoolExecutor(1) as writer:
             fed = feed(scorer.source, items(), scorer.workers)
             for part, group in itertools.groupby(fed, key=lambda item: item.part):
                 records = scorer.score_part(group, progress.update)

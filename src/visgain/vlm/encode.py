@@ -234,7 +234,7 @@ class _Remembering:
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         asked = (_flat(images), args, kwargs)
-        known = self._asked is not None and asked[1:] == self._asked[1:] and _same_objects(asked[0], self._asked[0])
+        known = self._asked is not None and asked[1:] == self._asked[1:] and _same_pictures(asked[0], self._asked[0])
         if not known:
             self._asked, self._answer = asked, self._real(images, *args, **kwargs)
         answer = copy.copy(self._answer)
@@ -249,8 +249,11 @@ def _flat(images: Any) -> list[Any]:
     return [inner for item in images for inner in _flat(item)] if isinstance(images, list | tuple) else [images]
 
 
-def _same_objects(some: list[Any], others: list[Any]) -> bool:
-    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+def _same_pictures(some: list[Any], others: list[Any]) -> bool:
+    """Some processors hand on the pictures that they got, some a copy of each."""
+    return len(some) == len(others) and all(
+        one is other or (isinstance(one, Image) and one == other) for one, other in zip(some, others, strict=True)
+    )
 
 
 # ---------------------------------------------------------------- shared by all encoders
