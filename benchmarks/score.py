@@ -31,7 +31,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.utils import logging
 
 from _results import result_row, write_results
-from visgain.scoring.engine import Engine, Unit, scored
+from visgain.scoring.engine import Engine, Extent, Unit, scored
 from visgain.scoring.forward import answer_nll
 from visgain.scoring.run import PACK_TOKENS
 from visgain.types import Encoded
@@ -40,7 +40,7 @@ from visgain.vlm.load import VLM
 IMAGE_TOKEN, IMAGE_TOKENS, SYSTEM_TOKENS = 5, 576, 35
 VOCABULARY = {"A": 1840, "B": 32_000}
 CASES = ("coco-3", "665k", "mix", "captions")
-TRIED = 1 << 30  # the self-check is a cost of a run, not of a row
+TRIED = Extent(tokens=1 << 30, shared=1 << 30, pictures=1 << 30)  # the self-check is a cost of a run, not of a row
 MIX = Path(__file__).parents[2] / "shared" / "data" / "mix.json"
 MIX_QUARTILES = ([9, 14, 15, 50, 128], [1, 9, 13, 17, 29])  # tokens of questions and answers: 5, 25, 50, 75, 95%
 
