@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-integration lint bench embedded-model clean
+.PHONY: demo test test-slow test-integration lint bench bench-gpu embedded-model clean
 
 demo: .venv/installed
 	$(BIN)/visgain demo
@@ -27,7 +27,14 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/select_scale.py
 	$(BIN)/python benchmarks/select_growth.py
 	$(BIN)/python benchmarks/counterfactuals.py
+	$(BIN)/python benchmarks/score.py
+	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/ranks.py
+
+# Needs a CUDA device and some 16 GB of its memory.
+bench-gpu: .venv/installed
+	$(BIN)/python benchmarks/gpu.py
 
 # Rebuilds the model that ships with the package, from random weights; about an hour on two cores. The result lies in
 # scratch/embedded/questions; copy its files over src/visgain/world/embedded to ship it.
