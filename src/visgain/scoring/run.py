@@ -285,9 +285,10 @@ def _dtype(config: ScoreConfig) -> str:
 def _workers(config: ScoreConfig, device: torch.device) -> int:
     if config.workers is not None:
         return config.workers
+    if device.type != "cuda":
+        return 0  # the model computes on every core, and its threads would wait for the one whose core a worker has
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # On a CPU the model computes on every core, and what a worker gains there is little.
-    return min(4, cores - 1) if device.type == "cuda" else min(1, cores - 1)
+    return max(0, min(4, cores - 1))
 
 
 def _identity(config: ScoreConfig, source: Feed, vlm: VLM) -> dict[str, Any]:
