@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from tiny_scores import patient
 from visgain import quantile
 from visgain.quantile import Passes, median, order_statistics, quantiles
 
@@ -24,6 +25,7 @@ small = pytest.mark.parametrize("collected", [0, 3, 1 << 21])
 
 
 @small
+@patient
 @given(numbers, st.integers(1, 4))
 def test_every_rank_equals_sorting(collected: int, values: np.ndarray, n_chunks: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -34,6 +36,7 @@ def test_every_rank_equals_sorting(collected: int, values: np.ndarray, n_chunks:
 
 
 @small
+@patient
 @given(
     arrays.arrays(np.float64, st.integers(1, 60), elements=few | st.floats(-1e6, 1e6)),
     st.lists(st.floats(0, 1), min_size=1, max_size=4),

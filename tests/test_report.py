@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_run import EVIL, records, token_spans, write_dataset, write_scores, write_selection
-from tiny_scores import mixed_records
+from tiny_scores import mixed_records, patient
 from visgain import spill, storage
 from visgain.config import ReportConfig
 from visgain.errors import DataError, StorageError
@@ -460,6 +460,7 @@ def test_pieces_spell_the_answer_whatever_the_spans(text, pairs):
 # ---------------------------------------------------------------- choosing and drawing
 
 
+@patient
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.floats(-5, 5) | st.just(float("nan"))), max_size=40),
     st.integers(0, 30),
@@ -472,6 +473,7 @@ def test_choice_of_samples_is_as_many_as_asked_and_none_twice(rows, count):
     assert not np.isnan(gain[chosen]).any()
 
 
+@patient
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.sampled_from([-1.0, 0.0, 0.5, 2.0, float("nan")]) | st.floats(-5, 5)),

@@ -6,12 +6,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiny_scores import patient
 from visgain.rowset import RowSet
 
 N = 60
 rows = st.lists(st.integers(0, N - 1), max_size=20)
 
 
+@patient
 @given(st.lists(rows, max_size=5), rows)
 def test_a_row_set_is_a_set(added: list[list[int]], other: list[int]) -> None:
     held, ours = set[int](), RowSet(N)

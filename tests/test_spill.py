@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiny_scores import patient
 from visgain import spill
 from visgain.errors import StorageError
 from visgain.spill import Spill, window
@@ -28,6 +29,7 @@ def table_of(rows: list[int]) -> pa.Table:
 @pytest.mark.parametrize(
     ("buffer_bytes", "buffer_rows"), [(1, 1 << 20), (200, 1 << 20), (1 << 20, 1 << 20), (1 << 20, 5)]
 )
+@patient
 @given(st.lists(st.lists(st.tuples(st.integers(0, 40), st.integers(-3, 3)), max_size=9), max_size=6))
 def test_every_key_gives_back_its_rows_in_the_order_of_adding(
     buffer_bytes: int, buffer_rows: int, added: list[list[tuple[int, int]]]
