@@ -47,7 +47,8 @@ class ScoreConfig:
     backend: Literal["local", "ray"] = "local"
     """local: this process, beside any others in the same --out; ray: as many workers as a Ray cluster has room for."""
     workers: int | None = None
-    """Processes that prepare pictures and text; 0 does it in between [default: up to 4 with a GPU, else 0]."""
+    """Processes that prepare pictures and text; 0 does it in between [default: up to 4 with a GPU, else
+    1 if the model leaves it a core]."""
     part_rows: int = 512
     """Rows in one part: what an interruption can lose."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
