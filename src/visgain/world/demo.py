@@ -144,7 +144,11 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 def _print(demo: dict[str, Any], report: Path) -> None:
     table = Table(
-        title=f"Tested where the priors are broken (seed {demo['seed']})", title_justify="left", box=box.SIMPLE
+        title=f"Tested where the priors are broken (seed {demo['seed']})",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 0),
+        collapse_padding=True,
     )
     table.add_column("trained on", no_wrap=True)
     for heading in ("rows", "tokens", *(metric["label"] for metric in METRICS)):
