@@ -21,8 +21,10 @@ from visgain.config import ScoreConfig
 from visgain.counterfactuals import parse_counterfactual
 from visgain.data import open_dataset
 from visgain.errors import DataError, ModelError, StorageError, VisgainError
+from visgain.scoring import run
+from visgain.scoring.engine import WAYS, Unit
 from visgain.scoring.forward import answer_nll
-from visgain.scoring.plan import make_plan, read_plan, write_plan
+from visgain.scoring.plan import make_plan, probe_units, read_plan, write_plan
 from visgain.scoring.run import open_run, run_score
 from visgain.storage import read_json, read_scores
 from visgain.types import Sample
@@ -219,6 +221,113 @@ def test_a_dataset_that_changed_stops_a_resumed_run(blank_model: Path, small_wor
         run_score(options)
 
 
+# ---------------------------------------------------------------- numbers that leave the range of 16 bits
+
+
+@pytest.fixture
+def overflowing(blank_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model that float16 holds but for one letter, Z; --dtype auto is float16, as on a GPU."""
+    vlm = load_vlm(str(blank_model))
+    [letter] = vlm.tokenizer("Z", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        vlm.model.get_input_embeddings().weight[letter] *= 1e6
+    vlm.model.save_pretrained(tmp_path / "model")
+    vlm.processor.save_pretrained(tmp_path / "model")
+    real = run._dtype
+    monkeypatch.setattr(run, "_dtype", lambda config: "float16" if real(config) == "float32" else real(config))
+    return tmp_path / "model"
+
+
+def talk_about(tmp_path: Path, questions: list[str]) -> Path:
+    """A dataset of one question about each of as many pictures."""
+    for number, _ in enumerate(questions):
+        Image.new("RGB", (40, 30), (number * 20, 60, 200 - number * 20)).save(tmp_path / f"{number}.png")
+    rows = [
+        {"image": f"{number}.png", "conversations": [human(f"<image>\n{question}"), gpt("A red cup.")]}
+        for number, question in enumerate(questions)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    return tmp_path / "data.json"
+
+
+def human(text: str) -> dict[str, str]:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> dict[str, str]:
+    return {"from": "gpt", "value": text}
+
+
+QUESTIONS = ["What is this?"] * 8 + ["What is Z?", "Is this Z?"]
+
+
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The dtypes that the model is loaded in from now on."""
+    dtypes: list[str] = []
+    real = run._load
+    monkeypatch.setattr(run, "_load", lambda config, dtype: dtypes.append(dtype) or real(config, dtype))
+    return dtypes
+
+
+def test_rows_that_overflow_float16_are_scored_in_bfloat16_and_no_others(
+    overflowing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The rows about Z are neither the longest nor the shortest, so that no probe is one of them.
+    data = talk_about(tmp_path, ["What is it?" * (2 + k % 7) for k in range(12)] + ["What is Z to Z? " * 3] * 2)
+    options = ScoreConfig(model=str(overflowing), data=data, out=tmp_path / "auto", part_rows=7, workers=0)
+    dtypes = loads(monkeypatch)
+    run_score(options)
+    assert dtypes == ["float16", "bfloat16"], "for both parts together"
+    assert read_json(tmp_path / "auto/run.json", "scores")["identity"]["dtype"] == "float16"
+    for dtype in ("float16", "bfloat16", "float32"):
+        run_score(replace(options, out=tmp_path / dtype, dtype=dtype))
+    found, *others = (read_scores(tmp_path / name).to_pylist() for name in ("auto", "float16", "bfloat16", "float32"))
+    for row, half, brain, full in zip(found, *others, strict=True):
+        if row["row"] < 12:
+            assert row == half
+            assert np.allclose(row["nll_seen"], full["nll_seen"], rtol=0, atol=0.02)
+        else:
+            assert "non-finite" in half["skip_reason"]
+            assert row["skip_reason"] is None
+            assert np.allclose(row["nll_seen"], brain["nll_seen"], rtol=0, atol=0.1)
+            assert np.allclose(row["nll_blind"], brain["nll_blind"], rtol=0, atol=0.1)
+
+
+def test_a_row_that_overflows_on_one_side_is_scored_again_on_both(
+    overflowing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = talk_about(tmp_path, ["What is this?"])
+    scorer, plan = open_run(ScoreConfig(model=str(overflowing), data=data, out=tmp_path / "out", workers=0))
+    fed = scorer.source[0, plan.units(0)[0]]
+    [(seen, blind)] = scorer._wider.score(fed.units)
+    calls: list[torch.dtype] = []
+    real = WAYS["shared"]
+
+    def overflow_seen(vlm: VLM, groups: list) -> list[np.ndarray]:
+        calls.append(vlm.model.dtype)
+        nlls = real(vlm, groups)
+        return [nll * np.float32("nan") for nll in nlls] if len(calls) == 1 else nlls
+
+    monkeypatch.setitem(WAYS, "shared", overflow_seen)
+    [record] = scorer.score_part([fed], done=lambda n: None)
+    assert calls == [torch.float16] * 2 + [torch.bfloat16] * 2
+    assert np.array_equal(record.nll_seen, seen)
+    assert np.array_equal(record.nll_blind, blind)
+
+
+def test_a_model_that_overflows_float16_at_the_start_is_scored_in_bfloat16(
+    overflowing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = talk_about(tmp_path, ["What is Z?"] * 3)
+    options = ScoreConfig(model=str(overflowing), data=data, out=tmp_path / "out", workers=0, part_rows=1)
+    dtypes = loads(monkeypatch)
+    assert run_score(options).multimodal == 3
+    assert read_json(tmp_path / "out/run.json", "scores")["identity"]["dtype"] == "bfloat16"
+    (tmp_path / "out/part-00001-of-00003.parquet").unlink()
+    assert run_score(options).multimodal == 3
+    assert dtypes == ["float16", "bfloat16", "bfloat16"]
+
+
 # ---------------------------------------------------------------- what cannot be scored
 
 
@@ -357,6 +466,47 @@ def test_every_part_is_a_fair_share_of_every_source_and_begins_with_its_largest_
         assert np.allclose(counts, [50, 30, 20], atol=2)
         first = plan.units(part)[0]
         assert sum(first) >= sum(plan.units(part)[5]) or len(first) >= len(plan.units(part)[5])
+
+
+@pytest.mark.parametrize(("n_rows", "part_rows"), [(100, 1), (100, 7), (33, 5), (1, 1), (5, 1000)])
+def test_no_part_is_without_rows_however_small_the_parts(n_rows: int, part_rows: int) -> None:
+    plan = make_plan(rows_about(["one"] * n_rows, ["coco"] * n_rows), n_rows, part_rows)
+    assert all(plan.n_rows(part) for part in range(plan.n_parts))
+    assert sorted(plan.row.tolist()) == list(range(n_rows))
+
+
+def test_a_run_of_many_small_parts_about_one_picture_ends(blank_model: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "one.png")
+    row = {"image": "one.png", "conversations": [human("<image>\nWhat?"), gpt("A cup.")]}
+    (tmp_path / "data.json").write_text(json.dumps([row] * 40))
+    options = ScoreConfig(model=str(blank_model), data=tmp_path / "data.json", out=tmp_path / "out", part_rows=2)
+    assert run_score(options).multimodal == 40
+
+
+def test_probes_are_taken_from_large_and_small_units_until_there_are_enough(
+    blank_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(rows_about(["a", "b", "a", "c", None, "a", "b"], ["x"] * 7), 7, 100)
+    assert probe_units(plan, 2) == [[0, 2], [4], [1, 6], [3]]
+    data = talk_about(tmp_path, ["What is this?"] * 10)
+    for number in range(0, 10, 2):
+        (tmp_path / f"{number}.png").unlink()
+    probes: list[Unit] = []
+    real = run.choose_way
+    monkeypatch.setattr(run, "choose_way", lambda vlm, units, ways: probes.extend(units) or real(vlm, units, ways))
+    scorer, _ = open_run(ScoreConfig(model=str(blank_model), data=data, out=tmp_path / "out", workers=0))
+    assert len(probes) == run.PROBE_UNITS
+    assert scorer.engine.way == "shared"
+
+
+def test_where_nothing_can_be_tried_nothing_is_trusted(blank_model: Path, tmp_path: Path) -> None:
+    data = talk_about(tmp_path, ["What is this?"] * 4)
+    for picture in tmp_path.glob("*.png"):
+        picture.unlink()
+    options = ScoreConfig(model=str(blank_model), data=data, out=tmp_path / "out", workers=0, way="shared")
+    scorer, _ = open_run(options)
+    assert (scorer.engine.way, scorer.engine.tried) == ("single", (0, 0, 0))
+    assert run_score(options).skipped == 4
 
 
 def test_more_conversations_about_a_picture_than_a_unit_holds_are_several_units() -> None:

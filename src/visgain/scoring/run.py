@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,17 @@ class Scorer:
         reason = "the model gave a non-finite log-probability; try another --dtype"
         if not overflown or self.config.dtype != "auto" or self.engine.vlm.model.dtype != torch.float16:
             return [skipped(record, reason) for _, record, _ in overflown]
-        engine = replace(self.engine, vlm=_load(self.config, "bfloat16"))
         records: list[TokenScores | Skipped] = []
         for unit, record, number in overflown:
-            [(seen, blind)] = engine.score([replace(unit, rows=[unit.rows[number]])])
+            [(seen, blind)] = self._wider.score([replace(unit, rows=[unit.rows[number]])])
             measured = replace(record, nll_seen=seen, nll_blind=blind)
             records.append(measured if is_finite(measured) else skipped(record, reason))
         return records
+
+    @cached_property
+    def _wider(self) -> Engine:
+        """The same with numbers of a wider range, loaded when the first row needs it."""
+        return replace(self.engine, vlm=_load(self.config, "bfloat16"))
 
 
 def is_finite(record: TokenScores) -> bool:
