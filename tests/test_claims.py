@@ -249,7 +249,7 @@ def test_two_interruptions_in_a_row_are_one_message_and_the_run_resumes(
     workers: str, whole: Path, arguments: list[str], tmp_path: Path
 ) -> None:
     arguments = [*arguments[:-1], workers]
-    with runners(tmp_path, pause=0.05) as start:
+    with runners(tmp_path, pause=0.4) as start:
         runner = start(arguments)
         wait_until(lambda: len(runner.parts()) >= 2)
         os.kill(runner.pid, signal.SIGINT)
