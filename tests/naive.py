@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -91,15 +91,16 @@ def abouts(draw: st.DrawFn) -> About:
     )
 
 
-def encoded(name: str, about: About, *, blind: bool = False) -> list[Encoded]:
-    return [ZOO[name].encode(built(name), sample, about.pictures(blind=blind)) for sample in about.samples]
+@lru_cache(maxsize=16)
+def encoded(name: str, about: About, *, blind: bool = False) -> tuple[Encoded, ...]:
+    return tuple(ZOO[name].encode(built(name), sample, about.pictures(blind=blind)) for sample in about.samples)
 
 
 def unit(name: str, about: About) -> Unit:
-    first = ZOO[name].encode(built(name), about.samples[0], about.pictures(blind=True))
-    return Unit.of(encoded(name, about), first.model_inputs)
+    return Unit.of(encoded(name, about), encoded(name, about, blind=True)[0].model_inputs)
 
 
+@lru_cache(maxsize=16)
 def naive_pairs(name: str, about: About) -> list[tuple[np.ndarray, np.ndarray]]:
     """(seen, blind) of each conversation."""
     vlm = built(name)

@@ -97,7 +97,7 @@ packs = st.lists(abouts(), min_size=1, max_size=4)
 pack_sizes = st.sampled_from([1, 150, 400, MANY_TOKENS])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=15)
 @given(drawn=packs, pack_tokens=pack_sizes)
 def test_every_way_scores_any_conversations_as_the_naive_loop_does(drawn: list[About], pack_tokens: int) -> None:
     expected = naive("llava", drawn)
@@ -147,12 +147,12 @@ def test_an_answer_before_any_picture_is_predicted_in_its_own_conversation(name:
     assert worst(scores(name, choice(name).way, drawn), naive(name, drawn)) < EXACT
 
 
-@pytest.mark.parametrize("name", ["llava", "gemma3", "phi4_multimodal", "cohere2_vision"])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_no_counterfactual_is_a_gain_of_exactly_zero_in_every_way(name: str) -> None:
     units = [replace(one, blind=one.seen) for one in (unit(name, about) for about in MANY)]
     for way in ("shared", "mutual", "cached", "packed", "single"):
         for pack_tokens in (1, MANY_TOKENS):
-            engine = Engine(vlm=built(name), way=way, pack_tokens=pack_tokens)
+            engine = Engine(vlm=built(name), way=way, pack_tokens=pack_tokens, tried=EVERYTHING)
             for seen, blind in score(engine, units):
                 assert np.array_equal(seen, blind)
 
@@ -191,12 +191,12 @@ def test_packs_hold_units_of_one_kind_and_no_more_tokens_than_asked_for(monkeypa
     run: list[Sequence[Unit]] = []
     real = Engine.score
     monkeypatch.setattr(Engine, "score", lambda self, units: run.append(units) or real(self, units))
-    engine = Engine(vlm=built("llava_next"), way="shared", pack_tokens=700, tried=EVERYTHING)
+    engine = Engine(vlm=built("llava_next"), way="shared", pack_tokens=250, tried=EVERYTHING)
     assert len(score(engine, units)) == sum(len(one.rows) for one in units)
     assert sorted(id(one) for pack in run for one in pack) == sorted(map(id, units))
     for pack in run:
         assert len({one.kind for one in pack}) == 1
-        assert len(pack) == 1 or sum(map(engine.n_tokens, pack)) <= 700
+        assert len(pack) == 1 or sum(map(engine.n_tokens, pack)) <= 250
     assert 4 < len(run) < len(units)
 
 
