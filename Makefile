@@ -37,7 +37,7 @@ bench-gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py
 
 # Rebuilds the model that ships with the package, from random weights; about an hour on two cores. The result lies in
-# scratch/embedded/questions; copy its files over src/visgain/world/embedded to ship it.
+# scratch/embedded/everything; copy its files over src/visgain/world/embedded to ship it.
 embedded-model: .venv/installed
 	$(BIN)/python -m visgain.world.rebuild --out scratch/embedded
 

@@ -1,8 +1,8 @@
 """Rebuild the embedded model from nothing: `make embedded-model`, or `python -m visgain.world.rebuild --out FOLDER`.
 
-A curriculum of five runs of the project's own `train`: one object to a picture, full scenes, notes, questions
-about one thing, everything.
-Rerunning resumes. The trained model is FOLDER/questions; how good it is lands in FOLDER/quality.json.
+A curriculum of seven runs of the project's own `train`: one object to a picture, full scenes, notes, questions about
+one thing, everything, what came slowest, everything again.
+Rerunning resumes. The trained model is FOLDER/everything; how good it is lands in FOLDER/quality.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from visgain.world.model import build_blank
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    split: Literal["easy", "align", "notes", "ask", "questions"]
+    split: Literal["easy", "align", "notes", "ask", "questions", "where", "everything"]
     rows: int
     recipe: str
 
@@ -34,6 +34,8 @@ STAGES = (
     Stage(split="notes", rows=32_000, recipe="embedded-notes"),
     Stage(split="ask", rows=32_000, recipe="embedded-ask"),
     Stage(split="questions", rows=76_800, recipe="embedded-questions"),
+    Stage(split="where", rows=44_800, recipe="embedded-where"),
+    Stage(split="everything", rows=76_800, recipe="embedded-questions"),
 )
 
 
