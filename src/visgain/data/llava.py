@@ -13,20 +13,18 @@ lose nothing are mended here, everything else is a Skipped with the reason:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import operator
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from visgain.data.conversation import Role, Said, Unusable, id_text, kind_of, make_turns, printable, raw_fingerprint
 from visgain.data.images import ImageFile
 from visgain.errors import DataError
 from visgain.storage import file_hash
-from visgain.types import IMAGE_MARK, Sample, Skipped, Turn
-
-Role = Literal["user", "assistant", "system"]
+from visgain.types import Sample, Skipped
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -35,8 +33,6 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_JSON_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
 
 class LlavaDataset:
@@ -68,18 +64,18 @@ class LlavaDataset:
             raise IndexError(f"row {row} of a dataset of {len(self)} rows")
         record = self._rows[row]
         fields = record if isinstance(record, dict) else {}
-        row_id = _id_text(fields.get("id"), row)
+        row_id = id_text(fields.get("id"), row)
         images: tuple[ImageFile, ...] = ()
         try:
             images = tuple(self._image(path) for path in _image_paths(fields))
-            turns = _turns(record, n_images=len(images))
-        except _Unusable as reason:
+            turns = make_turns(_said(record), n_images=len(images))
+        except Unusable as reason:
             return Skipped(
                 row=row,
                 id=row_id,
                 reason=str(reason),
                 source=self._source(fields, images),
-                fingerprint=_raw_fingerprint(record),
+                fingerprint=raw_fingerprint(record),
                 n_images=len(images),
             )
         return Sample(row=row, id=row_id, turns=turns, images=images, source=self._source(fields, images))
@@ -91,96 +87,38 @@ class LlavaDataset:
         """What the row says, else the first folder of its first image, else the file's name; `text` without images."""
         for name in ("source", "data_source"):
             if isinstance(said := fields.get(name), str) and said:
-                return _printable(said)
+                return printable(said)
         if fields.get("image") in (None, []):
             return "text"
         folder, slash, _ = images[0].key.partition("/") if images else ("", "", "")
-        return _printable(folder if slash and folder not in ("", "..") else self.path.stem)
+        return printable(folder if slash and folder not in ("", "..") else self.path.stem)
 
 
 # ---------------------------------------------------------------- from a row to turns
 
 
-class _Unusable(Exception):
-    """Why a row cannot be scored."""
-
-
-def _turns(record: Any, *, n_images: int) -> tuple[Turn, ...]:
-    """User and assistant turns in alternation, with one IMAGE_MARK per image in the user turns."""
-    said = _drop_leading(_parse_turns(record))
-    _check_alternation(said)
-    said = _drop_unanswered(said)
-    if not any(text.strip() for role, text in said if role == "assistant"):
-        raise _Unusable("every answer is empty")
-    return _mark_images(tuple(Turn(role=role, text=text) for role, text in said if role != "system"), n_images)
-
-
-def _parse_turns(record: Any) -> list[tuple[Role, str]]:
+def _said(record: Any) -> list[Said]:
     if not isinstance(record, dict):
-        raise _Unusable(f"the row is {_kind(record)}, not an object")
+        raise Unusable(f"the row is {kind_of(record)}, not an object")
     conversations = record.get("conversations")
     if conversations is None or conversations == []:
-        raise _Unusable("the row has no conversations")
+        raise Unusable("the row has no conversations")
     if not isinstance(conversations, list):
-        raise _Unusable(f"conversations is {_kind(conversations)}, not a list")
+        raise Unusable(f"conversations is {kind_of(conversations)}, not a list")
     return [_parse_turn(index, turn) for index, turn in enumerate(conversations)]
 
 
-def _parse_turn(index: int, turn: Any) -> tuple[Role, str]:
+def _parse_turn(index: int, turn: Any) -> Said:
     if not isinstance(turn, dict):
-        raise _Unusable(f"turn {index} is {_kind(turn)}, not an object")
+        raise Unusable(f"turn {index} is {kind_of(turn)}, not an object")
     said_by, text = turn.get("from"), turn.get("value")
     if not isinstance(said_by, str):
-        raise _Unusable(f"'from' of turn {index} is {_kind(said_by)}, not a role")
+        raise Unusable(f"'from' of turn {index} is {kind_of(said_by)}, not a role")
     if said_by not in _ROLES:
-        raise _Unusable(f"turn {index} has the unknown role {said_by[:40]!r}; known: {', '.join(_ROLES)}")
+        raise Unusable(f"turn {index} has the unknown role {said_by[:40]!r}; known: {', '.join(_ROLES)}")
     if not isinstance(text, str):
-        raise _Unusable(f"'value' of turn {index} is {_kind(text)}, not a string")
-    if _SURROGATE.search(text):
-        raise _Unusable(f"turn {index} holds half a surrogate pair, which no tokenizer can read")
-    role = _ROLES[said_by]
-    if role != "user" and IMAGE_MARK in text:
-        raise _Unusable(f"turn {index} ({said_by}) holds {IMAGE_MARK}, which belongs in human turns")
-    return role, text
-
-
-def _drop_leading(said: list[tuple[Role, str]]) -> list[tuple[Role, str]]:
-    """From the first human turn on."""
-    first = next((index for index, (role, _) in enumerate(said) if role == "user"), None)
-    if first is None:
-        raise _Unusable("no human turn")
-    return said[first:]
-
-
-def _check_alternation(said: list[tuple[Role, str]]) -> None:
-    for index, (role, _) in enumerate(said):
-        if role != ("user", "assistant")[index % 2]:
-            raise _Unusable(f"human and gpt turns do not alternate: {role} after {said[index - 1][0]}")
-
-
-def _drop_unanswered(said: list[tuple[Role, str]]) -> list[tuple[Role, str]]:
-    """Without a last human turn that nobody answers; refuses to drop an image with it."""
-    if len(said) == 1:
-        raise _Unusable("no answer")
-    role, text = said[-1]
-    if role != "user":
-        return said
-    if IMAGE_MARK in text:
-        raise _Unusable("the last human turn holds an image and has no answer")
-    return said[:-1]
-
-
-def _mark_images(turns: tuple[Turn, ...], n_images: int) -> tuple[Turn, ...]:
-    """The turns with exactly `n_images` marks, which are put in front where there is none at all."""
-    n_marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-    if n_marks == n_images:
-        return turns
-    if n_images == 0:
-        raise _Unusable(f"the row has no image but its text holds {IMAGE_MARK} {n_marks} times")
-    if n_marks:
-        raise _Unusable(f"the row has {n_images} images but its text holds {IMAGE_MARK} {n_marks} times")
-    first, *rest = turns
-    return (Turn(role="user", text=f"{IMAGE_MARK}\n" * n_images + first.text), *rest)
+        raise Unusable(f"'value' of turn {index} is {kind_of(text)}, not a string")
+    return _ROLES[said_by], text
 
 
 def _image_paths(fields: dict[str, Any]) -> list[str]:
@@ -190,30 +128,8 @@ def _image_paths(fields: dict[str, Any]) -> list[str]:
     paths = image if isinstance(image, list) else [image]
     for path in paths:
         if not isinstance(path, str):
-            raise _Unusable(f"'image' holds {_kind(path)}, not a path")
+            raise Unusable(f"'image' holds {kind_of(path)}, not a path")
     return paths
-
-
-def _id_text(value: Any, row: int) -> str:
-    """A row's id as text: strings as they are, other values as JSON writes them, the row number where there is none."""
-    if value is None:
-        return str(row)
-    return _printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _raw_fingerprint(record: Any) -> int:
-    """Signed 64-bit hash of a row that did not become a sample."""
-    digest = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=8)
-    return int.from_bytes(digest.digest(), "little", signed=True)
-
-
-def _printable(text: str) -> str:
-    """The text with halves of surrogate pairs spelled out: it must survive in UTF-8 files."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _kind(value: Any) -> str:
-    return _JSON_KINDS.get(type(value), "a number")
 
 
 # ---------------------------------------------------------------- from a file to rows
