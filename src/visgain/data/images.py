@@ -1,5 +1,8 @@
 """Pictures from files that nobody vouches for: never outside of the image folder, never larger than allowed.
 
+A picture is a file (`ImageFile`), a piece of a larger file (`ImageSpan`), or bytes that a table hands out
+when asked (`data/table.py`); `decode` and `content_hint` serve them all.
+
 What comes out is what the usual trainers see, `Image.convert("RGB")`, except that it is always upright (EXIF) and that
 16-bit grey is scaled rather than clipped. Transparency is dropped, as they do, not blended onto a background.
 """
@@ -7,11 +10,12 @@ What comes out is what the usual trainers see, `Image.convert("RGB")`, except th
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -37,6 +41,8 @@ _UPRIGHT = {
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 _SHOWN_CHARS = 200
 _HINT_BYTES = 4096
+_MAX_PIXEL_BYTES, _MAX_METADATA_BYTES = 16, 64 << 20
+"""Far above what any of the formats needs; a guard against reading a film that is called a picture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,32 +60,19 @@ class ImageFile:
         return PurePath(os.path.normpath(self.path)).as_posix()
 
     def hint(self) -> str | None:
-        """The file's size and a hash of its first and last bytes; None where it may or can not be read."""
+        """See `content_hint`; None where the file may or can not be read."""
         try:
             with self._locate().open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                digest = hashlib.blake2b(str(size).encode(), digest_size=12)
-                for start in (0, max(0, size - _HINT_BYTES)):
-                    file.seek(start)
-                    digest.update(file.read(_HINT_BYTES))
+                return content_hint(file)
         except (ImageError, OSError, ValueError):
             return None
-        return digest.hexdigest()
 
     def open(self) -> Image.Image:
         """Decode to an upright RGB picture without metadata; of an animation, the first frame.
 
         Raises ImageError with a reason of one line, and nothing else, whatever the path and the file hold.
         """
-        try:
-            return self._decode(self._locate())
-        except ImageError:
-            raise
-        except (FileNotFoundError, NotADirectoryError):
-            raise ImageError(f"image not found: {_one_line(self.path)}") from None
-        except Exception as error:  # decoders raise nearly anything on damaged files, MemoryError included
-            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise ImageError(f"cannot read image {_one_line(self.path)}: {_one_line(why)}") from error
+        return decode(self.path, lambda: self._locate().open("rb"), self.max_pixels)
 
     def _locate(self) -> Path:
         """The path of a regular file that is allowed to be read."""
@@ -102,20 +95,91 @@ class ImageFile:
             raise ImageError(f"image {shown} is not a regular file")
         return target
 
-    def _decode(self, target: Path) -> Image.Image:
-        with target.open("rb") as file, _quiet_pillow():
-            image = _identify(file)
-            if image is None:
-                raise ImageError(f"image {_one_line(self.path)} is empty, damaged or not one of {', '.join(FORMATS)}")
-            width, height = image.size
-            if width * height > self.max_pixels:
-                raise ImageError(
-                    f"image {_one_line(self.path)} has {width} x {height} pixels; --max-pixels is {self.max_pixels}"
-                )
-            image.load()
-            rgb = _to_rgb(_upright(image))
-        rgb.info.clear()  # else a processor that looks at EXIF would turn the picture once more
-        return rgb
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSpan:
+    """A picture that lies in one piece inside of a larger file, such as a member of a tar."""
+
+    container: Path
+    name: str  # for messages, and part of the key
+    offset: int  # bytes
+    size: int  # bytes
+    max_pixels: int = 100_000_000
+
+    @property
+    def key(self) -> str:
+        """The container's name, the picture's, and where it lies, because names repeat."""
+        return f"{self.container.name}/{self.name}@{self.offset}"
+
+    def hint(self) -> str | None:
+        """See `content_hint`; None where the bytes cannot be read."""
+        try:
+            with self.container.open("rb") as file:
+                return content_hint(file, self.offset, self.size)
+        except OSError:
+            return None
+
+    def open(self) -> Image.Image:
+        """Decode as `ImageFile` does. Raises ImageError, and nothing else."""
+        return decode(self.name, self._bytes, self.max_pixels)
+
+    def _bytes(self) -> IO[bytes]:
+        require_plausible(self.name, self.size, self.max_pixels)
+        with self.container.open("rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise ImageError(f"image {_one_line(self.name)} is cut off: {self.container.name} ends inside of it")
+        return io.BytesIO(content)
+
+
+def content_hint(file: IO[bytes], start: int = 0, size: int | None = None) -> str:
+    """The content's size and a hash of its first and last bytes: the same for equal content, wherever it lies."""
+    size = file.seek(0, os.SEEK_END) - start if size is None else size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=12)
+    for first in (0, max(0, size - _HINT_BYTES)):
+        file.seek(start + first)
+        digest.update(file.read(min(_HINT_BYTES, size - first)))
+    return digest.hexdigest()
+
+
+def require_plausible(name: str, size: int, max_pixels: int) -> None:
+    """Raises ImageError for so many bytes that no picture within `max_pixels` needs them."""
+    if size > _MAX_METADATA_BYTES + _MAX_PIXEL_BYTES * max_pixels:
+        raise ImageError(
+            f"image {_one_line(name)} has {size} bytes, more than --max-pixels {max_pixels} can need; it is not read"
+        )
+
+
+def decode(name: str, source: Callable[[], IO[bytes]], max_pixels: int) -> Image.Image:
+    """The upright RGB picture in the bytes that `source` opens, without metadata; of an animation, the first frame.
+
+    Raises ImageError with a reason of one line, and nothing else, whatever the name and the bytes are.
+    """
+    shown = _one_line(name)
+    try:
+        with source() as file, _quiet_pillow():
+            return _decoded(shown, file, max_pixels)
+    except ImageError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageError(f"image not found: {shown}") from None
+    except Exception as error:  # decoders raise nearly anything on damaged files, MemoryError included
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(f"cannot read image {shown}: {_one_line(why)}") from error
+
+
+def _decoded(shown: str, file: IO[bytes], max_pixels: int) -> Image.Image:
+    image = _identify(file)
+    if image is None:
+        raise ImageError(f"image {shown} is empty, damaged or not one of {', '.join(FORMATS)}")
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"image {shown} has {width} x {height} pixels; --max-pixels is {max_pixels}")
+    image.load()
+    rgb = _to_rgb(_upright(image))
+    rgb.info.clear()  # else a processor that looks at EXIF would turn the picture once more
+    return rgb
 
 
 def _identify(file: IO[bytes]) -> Image.Image | None:
