@@ -62,6 +62,7 @@ def demo(config: Annotated[DemoConfig | None, FLAT] = None) -> None:
 def score(config: Annotated[ScoreConfig, FLAT]) -> None:
     """Measure every answer token with the real and with a counterfactual image."""
     _quiet()
+    from visgain.scoring.draft import read_draft
     from visgain.scoring.run import run_score
 
     done = run_score(config)
@@ -71,6 +72,8 @@ def score(config: Annotated[ScoreConfig, FLAT]) -> None:
     )
     if done.skipped:
         print(f"reasons for skipping: {config.out / 'skipped.jsonl'}")
+    if (roughness := read_draft(config.out)) is not None:
+        print(roughness)
     print(f"scores: {config.out}")
 
 

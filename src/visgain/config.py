@@ -51,9 +51,9 @@ class ScoreConfig:
     1 if the model leaves it a core]."""
     part_rows: int = 512
     """Rows in one part: what an interruption can lose."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float8"] = "auto"
     """Precision of the model; auto is float32 on a CPU, on a GPU float16 with bfloat16 where numbers grow too large.
-    Log-probabilities are float32 always."""
+    Log-probabilities are float32 always. float8 is a rough draft; it says how rough at the end."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
     max_pixels: int = 100_000_000
@@ -243,9 +243,7 @@ class WorldConfig:
 
     out: Path
     """Folder for data.json, truth.jsonl and images/."""
-    split: Literal[
-        "easy", "align", "notes", "ask", "questions", "where", "everything", "train", "test"
-    ] = "train"
+    split: Literal["easy", "align", "notes", "ask", "questions", "where", "everything", "train", "test"] = "train"
     """train: follows the priors; test: breaks them; the others: no priors, for the embedded model."""
     rows: int = 2000
     """Conversations to draw."""

@@ -30,9 +30,11 @@ from tqdm import tqdm
 
 import visgain
 from visgain.config import ScoreConfig
-from visgain.counterfactuals import parse_counterfactual
+from visgain.counterfactuals import Counterfactual, parse_counterfactual
 from visgain.data import Dataset, open_dataset
 from visgain.scoring.claims import Rank, alone, claim
+from visgain.scoring.draft import FILE as DRAFT_FILE
+from visgain.scoring.draft import compare_draft
 from visgain.scoring.engine import WAYS, Choice, Engine, Extent, Unit, choose_way, scored, with_longest
 from visgain.scoring.feed import Fed, Feed, deaths_told, feed, skipped
 from visgain.scoring.plan import Plan, make_plan, probe_units, read_plan, rotated, write_plan
@@ -46,6 +48,7 @@ from visgain.storage import (
 )
 from visgain.summary import ScoreSummary, summarise_scores
 from visgain.types import Skipped, TokenScores
+from visgain.vlm.float8 import make_draft
 from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name, pick_device
 from visgain.vlm.template import make_encoder
 
@@ -54,6 +57,9 @@ PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 SMALL_MODEL = 10_000_000
 """Parameters. On two cores the embedded model (1.7M) scored 92 rows/s with one thread and 27 with two."""
+
+DRAFT = "float8"
+"""The dtype of a draft: asked for, never chosen; the rest of the model is in bfloat16."""
 
 PROBE_UNITS, PROBE_ROWS = 4, 3
 """How much the self-check tries the ways of scoring on."""
@@ -129,7 +135,19 @@ def run_score(config: ScoreConfig) -> ScoreSummary:
     else:
         score_rest(config, Rank.here())
     with alone(config.out, "run"):
+        if config.dtype == DRAFT and not (config.out / DRAFT_FILE).exists():
+            _compare_draft(config)
         return summarise_scores(config.out)
+
+
+def _compare_draft(config: ScoreConfig) -> None:
+    """A finished draft against the dtype that the device would have had by default."""
+    dataset = _open_dataset(config)
+    vlm = _load(config, _best_dtype(config))
+    source = _source(config, dataset, parse_counterfactual(config.counterfactual), vlm)
+    plan = read_plan(config.out, read_json(config.out / "run.json", "scores")["n_parts"])
+    with _computing_with(_threads(vlm)):
+        compare_draft(config.out, plan, source, vlm)
 
 
 def score_rest(config: ScoreConfig, rank: Rank) -> None:
@@ -224,17 +242,9 @@ class Progress:
 def open_run(config: ScoreConfig) -> tuple[Scorer, Plan]:
     """Check the cheap things first: options, dataset, then the model; then plan, or read the plan of a run begun."""
     counterfactual = parse_counterfactual(config.counterfactual)
-    dataset = open_dataset(
-        config.data, config.image_root, max_pixels=config.max_pixels, follow_links=config.follow_links
-    )
+    dataset = _open_dataset(config)
     vlm = _load(config, _dtype(config))
-    source = Feed(
-        dataset=dataset,
-        encoder=make_encoder(vlm, config.template, config.max_length),
-        counterfactual=counterfactual,
-        seed=config.seed,
-        end_of_turn=config.end_of_turn,
-    )
+    source = _source(config, dataset, counterfactual, vlm)
     with alone(config.out, "run"):
         known = (config.out / "run.json").exists()
         if known:
@@ -249,9 +259,25 @@ def open_run(config: ScoreConfig) -> tuple[Scorer, Plan]:
         if not known:
             write_plan(config.out, plan)
             claim_run(config.out, _identity(config, source, vlm), _record_of(config, source, vlm, plan, choice.way))
+    if config.dtype == DRAFT:
+        make_draft(vlm.model)  # after the check, which needs better numbers
     pack_tokens = config.batch_tokens or PACK_TOKENS.get(vlm.device.type, PACK_TOKENS["cpu"])
     engine = Engine(vlm=vlm, way=choice.way, pack_tokens=pack_tokens, tried=choice.tried)
     return Scorer(engine=engine, source=source, config=config, workers=_workers(config, vlm)), plan
+
+
+def _open_dataset(config: ScoreConfig) -> Dataset:
+    return open_dataset(config.data, config.image_root, max_pixels=config.max_pixels, follow_links=config.follow_links)
+
+
+def _source(config: ScoreConfig, dataset: Dataset, counterfactual: Counterfactual, vlm: VLM) -> Feed:
+    return Feed(
+        dataset=dataset,
+        encoder=make_encoder(vlm, config.template, config.max_length),
+        counterfactual=counterfactual,
+        seed=config.seed,
+        end_of_turn=config.end_of_turn,
+    )
 
 
 def _checked(config: ScoreConfig, source: Feed, vlm: VLM, plan: Plan, ways: Sequence[str]) -> tuple[VLM, Choice]:
@@ -278,6 +304,7 @@ def _load(config: ScoreConfig, dtype: str) -> VLM:
     device = config.device
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{Rank.here().local % torch.cuda.device_count()}"  # a GPU for each process of a machine
+    dtype = "bfloat16" if dtype == DRAFT else dtype
     return load_vlm(config.model, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
 
 
@@ -289,6 +316,10 @@ def _dtype(config: ScoreConfig) -> str:
         begun = read_json(config.out / "run.json", "scores").get("identity", {}).get("dtype")
         if begun in ("float32", "float16", "bfloat16"):
             return str(begun)
+    return _best_dtype(config)
+
+
+def _best_dtype(config: ScoreConfig) -> str:
     return "float16" if pick_device(config.device).type == "cuda" else "float32"
 
 
@@ -329,7 +360,7 @@ def _identity(config: ScoreConfig, source: Feed, vlm: VLM) -> dict[str, Any]:
         "max_length": config.max_length,
         "end_of_turn": config.end_of_turn,
         "seed": config.seed,
-        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "dtype": DRAFT if config.dtype == DRAFT else str(vlm.model.dtype).removeprefix("torch."),
         "max_pixels": config.max_pixels,
         "follow_links": config.follow_links,
     }
