@@ -251,7 +251,8 @@ def test_two_interruptions_in_a_row_are_one_message_and_the_run_resumes(
         wait_until(lambda: len(runner.parts()) >= 2)
         os.kill(runner.pid, signal.SIGINT)
         time.sleep(0.02)
-        os.kill(runner.pid, signal.SIGINT)
+        with suppress(ProcessLookupError):  # on a busy machine it may have ended by now
+            os.kill(runner.pid, signal.SIGINT)
         assert runner.exit_code(20) == 1
         assert "the same command resumes" in runner.message()
         assert "Traceback" not in runner.message()
