@@ -1,10 +1,10 @@
-"""What 16 bits cost: gains and selections in bfloat16 and float16 against float32, on the embedded world and model.
+"""What fewer bits cost: gains and selections in 16 and 8 bits against float32, on the embedded world and model.
 
     python benchmarks/precision.py [--rows 1000] [--keep 70]
 
 `error` is of token gains in nats; `overlap` is the share of tokens, among those that either selection keeps, that both
-keep. Weights, states and attention are in the dtype; logits and log-probabilities are float32 always. The baseline
-leaves the logits in the dtype, as a model's own forward does.
+keep. Weights, states and attention are in the dtype; logits and log-probabilities are float32 always. The baseline of
+16 bits leaves the logits in the dtype, as a model's own forward does; that of float8 is bfloat16.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from visgain.storage import flat_values, list_lengths, read_scores, read_selecti
 from visgain.world.dataset import write_world
 
 HALF = ("bfloat16", "float16")
+BASELINES = {**{dtype: f"{dtype} logits" for dtype in HALF}, "float8": "bfloat16"}
 
 
 def token_gain(scores: Path) -> np.ndarray:
@@ -53,7 +54,7 @@ def main() -> None:
         scratch = Path(name)
         data = write_world(WorldConfig(out=scratch / "world", rows=options.rows, seed=5))
         gains, kept, tau = {}, {}, {}
-        for name in ("float32", *HALF, *(f"{dtype} logits" for dtype in HALF)):
+        for name in ("float32", *BASELINES, *(f"{dtype} logits" for dtype in HALF)):
             scores, selection = scratch / name, scratch / f"{name}-selection"
             with rounded_logits() if "logits" in name else nullcontext():
                 run_score(ScoreConfig(model="embedded", data=data, out=scores, dtype=name.split()[0]))
@@ -75,11 +76,11 @@ def main() -> None:
             case=f"embedded, {options.rows} rows, keep {options.keep:g}%, {dtype}",
             metric=metric,
             ours=value,
-            baseline=found[f"{dtype} logits"][metric],
-            baseline_name=f"logits in {dtype}",
-            ratio=value / found[f"{dtype} logits"][metric] if metric == "kept_tokens_overlap" else None,
+            baseline=found[baseline][metric],
+            baseline_name=baseline,
+            ratio=value / found[baseline][metric] if metric == "kept_tokens_overlap" else None,
         )
-        for dtype in HALF
+        for dtype, baseline in BASELINES.items()
         for metric, value in found[dtype].items()
     ]
     print(f"\nwrote {write_results('precision', rows)}")
