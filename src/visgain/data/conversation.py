@@ -97,7 +97,7 @@ def id_text(value: Any, row: int) -> str:
 
 
 def raw_fingerprint(record: Any) -> int:
-    """Signed 64-bit hash of a row that did not become a sample: of its JSON, in which foreign values stand as `repr`."""
+    """Signed 64-bit hash of a row that did not become a sample: of its JSON, foreign values as `repr`."""
     digest = hashlib.blake2b(json.dumps(record, sort_keys=True, default=repr).encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little", signed=True)
 
