@@ -45,14 +45,14 @@ def result_row(
         "baseline": baseline,
         "baseline_name": baseline_name,
         "ratio": baseline / ours if ratio is None else ratio,
-        "machine": machine(),
-        "commit": commit(),
     }
 
 
 def write_results(benchmark: str, rows: Iterable[Mapping[str, Any]], where: str | None = None) -> Path:
-    """Replace results/<benchmark>-<machine>.json (`where` overrides the machine's name) and return its path."""
+    """Replace results/<benchmark>-<machine>.json and return its path; `where` is the machine's name if not a CPU's."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{benchmark}-{where or machine()}.json"
-    path.write_text(json.dumps(list(rows), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    where = where or machine()
+    path = RESULTS / f"{benchmark}-{where}.json"
+    told = [{**row, "machine": where, "commit": commit()} for row in rows]
+    path.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path

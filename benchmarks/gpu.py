@@ -21,8 +21,9 @@ from transformers.utils import logging
 
 import score
 from _results import result_row, write_results
-from visgain.scoring.engine import Engine, Unit, scored
+from visgain.scoring.engine import Engine, scored
 from visgain.scoring.run import PACK_TOKENS
+from visgain.scoring.unit import Unit
 from visgain.vlm.load import VLM
 
 ROWS_665K = 624_610
