@@ -23,6 +23,11 @@ def cache_folder() -> Path:
     return (Path(root) if Path(root).is_absolute() else Path.home() / ".cache") / "visgain"
 
 
+def derived_path(kind: str, sources: Sequence[Path]) -> Path:
+    """Where `derived` keeps its file, whether it is there or not. Raises DataError if a source is missing."""
+    return cache_folder() / f"{kind}-{_state(sources)}"
+
+
 def derived(kind: str, sources: Sequence[Path], write: Callable[[Path], None]) -> Path:
     """The file that `write` makes from `sources`, made now if they were never seen as they are.
 
@@ -30,7 +35,7 @@ def derived(kind: str, sources: Sequence[Path], write: Callable[[Path], None]) -
     change. Processes that ask at the same time wait for the one that writes. Raises DataError if a source is missing
     or the cache cannot be written, and whatever `write` raises.
     """
-    path = cache_folder() / f"{kind}-{_state(sources)}"
+    path = derived_path(kind, sources)
     if path.exists():
         return path
     try:
