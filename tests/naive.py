@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tiny_models import make_sample
-from visgain.scoring.engine import NLL, Unit
+from visgain.scoring.engine import NLL
+from visgain.scoring.unit import Unit
 from visgain.types import Encoded, Sample
 from visgain.vlm.load import VLM
 from zoo import ZOO

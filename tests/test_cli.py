@@ -26,8 +26,8 @@ SURFACE = {
     "demo": "--out --rows --seed --steps --test-rows",
     "score": (
         "--backend --batch-tokens --counterfactual --data --device --dtype --end-of-turn --follow-links --image-root "
-        "--limit --max-length --max-pixels --model --no-follow-links --no-trust-remote-code --out --part-rows --seed "
-        "--template --trust-remote-code --way --workers"
+        "--limit --max-length --max-pixels --model --no-follow-links --no-per-image --no-trust-remote-code --out "
+        "--part-rows --per-image --seed --template --trust-remote-code --way --workers"
     ),
     "select": "--by --end-of-turn --keep --keep-tokens --out --scores --seed --skipped --table",
     "train": (

@@ -24,14 +24,12 @@ from visgain.scoring.engine import (
     Choice,
     Engine,
     Extent,
-    Pair,
-    Rows,
-    Unit,
+    PerCondition,
     choose_way,
     scored,
-    taken_alike,
     with_longest,
 )
+from visgain.scoring.unit import Rows, Unit, taken_alike
 from visgain.vlm.attention import PACKED, packed_attention
 from visgain.vlm.encode import PER_TOKEN_INPUTS
 from visgain.vlm.load import VLM
@@ -75,14 +73,14 @@ def choice(name: str) -> Choice:
     return choose_way(built(name), probes(name))
 
 
-def score(engine: Engine, units: Sequence[Unit]) -> list[Pair]:
+def score(engine: Engine, units: Sequence[Unit]) -> list[PerCondition]:
     """Pairs of all rows in the order of the units."""
     found = {id(one): pairs for one, pairs in scored(engine, units)}
     assert len(found) == len(units)
     return [pair for one in units for pair in found[id(one)]]
 
 
-def scores(name: str, way: str, drawn: Sequence[About], pack_tokens: int = MANY_TOKENS) -> list[Pair]:
+def scores(name: str, way: str, drawn: Sequence[About], pack_tokens: int = MANY_TOKENS) -> list[PerCondition]:
     engine = Engine(vlm=built(name), way=way, pack_tokens=pack_tokens, tried=EVERYTHING)
     return score(engine, [unit(name, about) for about in drawn])
 
@@ -503,7 +501,7 @@ def test_in_16_bits_a_way_is_as_near_to_float32_as_the_models_own_forward(name: 
     assert errors[way] < 1.3 * errors["single"] + 1e-4
 
 
-def mean_error(found: Sequence[Pair], expected: Sequence[Pair]) -> float:
+def mean_error(found: Sequence[PerCondition], expected: Sequence[PerCondition]) -> float:
     pairs = zip(found, expected, strict=True)
     return float(np.concatenate([np.abs(np.stack(one) - np.stack(other)) for one, other in pairs], axis=1).mean())
 

@@ -22,10 +22,11 @@ from visgain.counterfactuals import parse_counterfactual
 from visgain.data import open_dataset
 from visgain.errors import DataError, ModelError, StorageError, VisgainError
 from visgain.scoring import run
-from visgain.scoring.engine import WAYS, Unit
+from visgain.scoring.engine import WAYS
 from visgain.scoring.forward import answer_nll
 from visgain.scoring.plan import make_plan, probe_units, read_plan, write_plan
 from visgain.scoring.run import open_run, run_score
+from visgain.scoring.unit import Unit
 from visgain.storage import read_json, read_scores
 from visgain.types import Sample
 from visgain.vlm.batch import pad_batch

@@ -32,6 +32,8 @@ class ScoreConfig:
     """Folder that the dataset's image paths are relative to [default: the dataset's folder]."""
     counterfactual: str = "blur"
     """What replaces the real image: blur, mean, noise, shuffle, swap or none, with options as in blur:sigma=0.2."""
+    per_image: bool = False
+    """Also replace each of several images on its own: gain per image, for n + 2 forward passes over n images, not 2."""
     template: Literal["auto", "chat", "llava-1.5", "llava-1.5-align"] = "auto"
     """Conversation template and image preparation; auto takes the processor's chat template if it can."""
     max_length: int = 2048

@@ -110,7 +110,10 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores:
-    """The measurement of one row. Text-only rows have token ids but no NLLs (both arrays empty)."""
+    """The measurement of one row. Text-only rows have token ids but no NLLs (both arrays empty).
+
+    `nll_blind_image[k]`: blind to image k alone. Empty where it was not measured, and for text-only rows.
+    """
 
     row: int
     id: str
@@ -125,6 +128,7 @@ class TokenScores:
     chars: Int32[np.ndarray, "A 2"]
     nll_seen: Float32[np.ndarray, " N"]  # N = A, or 0 for a text-only row
     nll_blind: Float32[np.ndarray, " N"]
+    nll_blind_image: tuple[Float32[np.ndarray, " N"], ...] = ()
 
     @property
     def gain(self) -> Float32[np.ndarray, " N"]:
@@ -136,6 +140,11 @@ class TokenScores:
     def mean_gain(self) -> float:
         """The sample's Visual Information Gain: the mean over its answer tokens (nan for a text-only row)."""
         return float(self.gain.mean(dtype=np.float64)) if len(self.nll_seen) else float("nan")
+
+    @property
+    def image_gain(self) -> tuple[float, ...]:
+        """Gain of each image: the mean over all answer tokens of what it is to lose this image alone, in nats."""
+        return tuple(float((blind - self.nll_seen).mean(dtype=np.float64)) for blind in self.nll_blind_image)
 
 
 @dataclass(frozen=True, kw_only=True)

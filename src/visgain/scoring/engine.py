@@ -27,8 +27,8 @@ from jaxtyping import Float32
 
 from visgain.errors import ModelError
 from visgain.scoring.forward import answer_nll
+from visgain.scoring.unit import Rows, Unit, equal
 from visgain.types import Encoded
-from visgain.vlm.batch import signature
 from visgain.vlm.encode import PER_TOKEN_INPUTS
 from visgain.vlm.forward import pack_nll
 from visgain.vlm.load import VLM
@@ -37,55 +37,12 @@ from visgain.vlm.pack import Branch, branches, pack, placed, row_positions
 from visgain.vlm.precision import can_widen, widened
 
 NLL = Float32[np.ndarray, " A"]
-Pair = tuple[NLL, NLL]
-"""Seen and blind."""
-Rows = Sequence[Encoded]
-"""Conversations about the same pictures in the same condition."""
+PerCondition = tuple[NLL, ...]
+"""NLLs of one conversation: seen, blind, and if a unit asks for it blind to its first picture alone, its second ..."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
 """Largest difference in nats to the plain forward at which a way counts as exact. In 16 bits the plain forward is
 itself off by about as much; a wrong mask or position is off by more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """Conversations about the same pictures. `seen` and `blind` are the model inputs that hold the pictures.
-
-    The rows' own inputs are those with a value a token.
-    """
-
-    rows: Rows
-    seen: Mapping[str, Any]
-    blind: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, rows: Rows, blind: Mapping[str, Any]) -> Unit:
-        """From rows that hold their pictures, which are taken alike, and the first one's inputs when blind."""
-        return cls(
-            rows=[replace(row, model_inputs=_split(row.model_inputs)[0]) for row in rows],
-            seen=_split(rows[0].model_inputs)[1],
-            blind=_split(blind)[1],
-        )
-
-    def rows_with(self, pictures: Mapping[str, Any]) -> Rows:
-        """The rows with `pictures` (`seen`, `blind` or any other) among their inputs."""
-        return [replace(row, model_inputs={**row.model_inputs, **pictures}) for row in self.rows]
-
-    @property
-    def kind(self) -> Any:
-        """Units of the same kind can go side by side."""
-        return signature(self.rows_with(self.seen)[0])
-
-
-def taken_alike(one: Encoded, other: Encoded) -> bool:
-    """Whether the model takes the same pictures alike in two rows. A Q-Former reads the question beside them."""
-    return _equal(_split(one.model_inputs)[1], _split(other.model_inputs)[1])
-
-
-def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Model inputs that have a value a token, and the others."""
-    own = {name: value for name, value in inputs.items() if name in PER_TOKEN_INPUTS}
-    return own, {name: value for name, value in inputs.items() if name not in own}
 
 
 # ---------------------------------------------------------------- the ways
@@ -188,14 +145,14 @@ class Engine:
     pack_tokens: int
     tried: Extent = field(default_factory=Extent)
 
-    def score(self, units: Sequence[Unit]) -> list[Pair]:
-        """(seen, blind) NLLs in nats of the answer tokens of each row, unit after unit.
+    def score(self, units: Sequence[Unit]) -> list[PerCondition]:
+        """NLLs in nats of the answer tokens of each row in each condition, unit after unit. The units are of one kind.
 
-        The two conditions run in the same shapes, so that what is subtracted was rounded alike. Raises ModelError if a
+        All conditions run in the same shapes, so that what is subtracted was rounded alike. Raises ModelError if a
         single conversation is too large for the device's memory.
         """
         try:
-            return self._pairs(self.way, units) if self._is_trusted(units) else self._compared(units)
+            return self._nlls(self.way, units) if self._is_trusted(units) else self._compared(units)
         except torch.OutOfMemoryError as error:
             smaller = halves(units)
             if smaller is None:
@@ -205,24 +162,27 @@ class Engine:
                 ) from error
         torch.cuda.empty_cache()
         self.pack_tokens = max(1, self.pack_tokens // 2)
-        return [pair for half in smaller for pair in self.score(half)]
+        return [nlls for half in smaller for nlls in self.score(half)]
 
     def _is_trusted(self, units: Sequence[Unit]) -> bool:
         further = extent(units, self.vlm.image_token_id)
         return self.way == "single" or all(new <= tried for new, tried in zip(further, self.tried, strict=True))
 
-    def _compared(self, units: Sequence[Unit]) -> list[Pair]:
+    def _compared(self, units: Sequence[Unit]) -> list[PerCondition]:
         """In the engine's way if that agrees with the plain forward, else in that."""
-        plain = self._pairs("single", units)
+        plain = self._nlls("single", units)
         if _disagreement(self.vlm, self.way, units, _joined(plain), TOLERANCE[self.vlm.model.dtype]) is not None:
             return plain
         self.tried = Extent(*map(max, extent(units, self.vlm.image_token_id), self.tried))
-        return self._pairs(self.way, units)
+        return self._nlls(self.way, units)
 
-    def _pairs(self, way: str, units: Sequence[Unit]) -> list[Pair]:
-        seen = WAYS[way](self.vlm, [unit.rows_with(unit.seen) for unit in units])
-        blind = WAYS[way](self.vlm, [unit.rows_with(unit.blind) for unit in units])
-        return list(zip(seen, blind, strict=True))
+    def _nlls(self, way: str, units: Sequence[Unit]) -> list[PerCondition]:
+        conditions = zip(*(unit.conditions() for unit in units), strict=True)
+        nlls = [
+            WAYS[way](self.vlm, [unit.rows_with(pictures) for unit, pictures in zip(units, condition, strict=True)])
+            for condition in conditions
+        ]
+        return list(zip(*nlls, strict=True))
 
     def n_tokens(self, unit: Unit) -> int:
         """Tokens that `unit` takes in one condition."""
@@ -241,8 +201,8 @@ def halves(units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]] | None:
     return [replace(units[0], rows=rows[: len(rows) // 2])], [replace(units[0], rows=rows[len(rows) // 2 :])]
 
 
-def scored(engine: Engine, units: Iterable[Unit]) -> Iterator[tuple[Unit, list[Pair]]]:
-    """Each of `units` with the (seen, blind) NLLs of its rows, as packs of at most `engine.pack_tokens` fill up.
+def scored(engine: Engine, units: Iterable[Unit]) -> Iterator[tuple[Unit, list[PerCondition]]]:
+    """Each of `units` with the NLLs of its rows, as packs of at most `engine.pack_tokens` fill up.
 
     A pack holds units whose inputs go side by side. The same units in the same order make the same packs.
     """
@@ -259,10 +219,10 @@ def scored(engine: Engine, units: Iterable[Unit]) -> Iterator[tuple[Unit, list[P
         yield from _by_unit(engine, pack_of_units)
 
 
-def _by_unit(engine: Engine, units: Sequence[Unit]) -> Iterator[tuple[Unit, list[Pair]]]:
-    pairs = iter(engine.score(units))
+def _by_unit(engine: Engine, units: Sequence[Unit]) -> Iterator[tuple[Unit, list[PerCondition]]]:
+    nlls = iter(engine.score(units))
     for unit in units:
-        yield unit, list(itertools.islice(pairs, len(unit.rows)))
+        yield unit, list(itertools.islice(nlls, len(unit.rows)))
 
 
 # ---------------------------------------------------------------- the choice
@@ -305,14 +265,16 @@ def choose_way(vlm: VLM, probes: Sequence[Unit], ways: Iterable[str] = WAYS) -> 
 
 def _all_nll(vlm: VLM, way: str, units: Sequence[Unit]) -> Float32[np.ndarray, "2 A"]:
     """NLLs of all answer tokens of `units` in their order, seen and blind, from packs as large as can be."""
+    units = [replace(unit, blind_to=()) for unit in units]  # where one picture is blind, nothing else is different
     n_tokens = sum(len(row.input_ids) for unit in units for row in unit.rows)
     engine = Engine(vlm=vlm, way=way, pack_tokens=n_tokens, tried=extent(units, vlm.image_token_id))
-    found = {id(unit): pairs for unit, pairs in scored(engine, units)}
-    return _joined([pair for unit in units for pair in found[id(unit)]])
+    found = {id(unit): nlls for unit, nlls in scored(engine, units)}
+    return _joined([nlls for unit in units for nlls in found[id(unit)]])
 
 
-def _joined(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Float32[np.ndarray, "2 A"]:
-    return np.concatenate([np.stack(pair) for pair in pairs], axis=1)
+def _joined(nlls: Sequence[tuple[np.ndarray, ...]]) -> Float32[np.ndarray, "2 A"]:
+    """Seen and blind."""
+    return np.concatenate([np.stack(one[:2]) for one in nlls], axis=1)
 
 
 def _disagreement(
@@ -350,7 +312,7 @@ def _off_by(found: Float32[np.ndarray, "2 A"], reference: Float32[np.ndarray, "2
 
 def _check_canary(vlm: VLM, probes: Sequence[Unit], reference: Float32[np.ndarray, "2 A"]) -> None:
     """Raises ModelError if the counterfactual, or another picture in the first one's place, changes no score."""
-    blurred = any(not _equal(unit.seen, unit.blind) for unit in probes)
+    blurred = any(not equal(unit.seen, unit.blind) for unit in probes)
     if blurred and np.array_equal(*reference):
         raise ModelError(
             f"{vlm.name} answers the same with the picture and with the counterfactual: pictures do not reach the model"
@@ -360,14 +322,10 @@ def _check_canary(vlm: VLM, probes: Sequence[Unit], reference: Float32[np.ndarra
         for unit, other in itertools.pairwise(probes)
         if unit.kind == other.kind
         and unit.rows[0].n_image_tokens == other.rows[0].n_image_tokens
-        and not _equal(unit.seen, other.seen)
+        and not equal(unit.seen, other.seen)
     ]
     if swapped and np.array_equal(*_all_nll(vlm, "single", swapped)):
         raise ModelError(f"{vlm.name} answers the same about another picture: the pictures do not reach the model")
-
-
-def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(not isinstance(value, torch.Tensor) or torch.equal(value, other[name]) for name, value in one.items())
 
 
 def with_longest(unit: Unit, length: int) -> Unit:

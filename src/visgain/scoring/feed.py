@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +27,7 @@ from torch.utils.data import Dataset as MapDataset
 from visgain.counterfactuals import Counterfactual
 from visgain.data import Dataset
 from visgain.errors import EncodingError, ImageError, VisgainError
-from visgain.scoring.engine import Unit, taken_alike
+from visgain.scoring.unit import Change, Unit, taken_alike
 from visgain.types import Encoded, ImageRef, Sample, Skipped, TokenScores
 from visgain.vlm.encode import Encoder, without_end_of_turn
 
@@ -63,6 +63,7 @@ class Feed(MapDataset[Fed]):
     counterfactual: Counterfactual
     seed: int
     end_of_turn: str = "score"
+    per_image: bool = False  # whether each of several pictures is also blinded on its own
 
     def __getitem__(self, item: tuple[int, Sequence[int]]) -> Fed:
         part, rows = item
@@ -111,11 +112,22 @@ class Feed(MapDataset[Fed]):
 
     def _unit(self, rows: Sequence[Row], pictures: Sequence[Picture]) -> Unit:
         """`rows` with a blind side. Raises EncodingError if the counterfactual cannot stand where the pictures do."""
-        sample, like = rows[0]
-        blind = self._cut(self.encoder.encode_all([sample], self._blind(pictures))[0])
-        if not np.array_equal(blind.input_ids, like.input_ids):
+        seen, blind = [picture.image for picture in pictures], self._blind(pictures)
+        # With one picture it is the blind side once more.
+        alone = range(len(pictures)) if self.per_image and len(pictures) > 1 else ()
+        return Unit.of(
+            [encoded for _, encoded in rows],
+            self._inputs(rows[0], blind),
+            [self._inputs(rows[0], [*seen[:k], blind[k], *seen[k + 1 :]]) for k in alone],
+        )
+
+    def _inputs(self, row: Row, images: Sequence[Image]) -> Mapping[str, Any]:
+        """The model inputs of `row` with other pictures. Raises EncodingError if these take other tokens."""
+        sample, like = row
+        other = self._cut(self.encoder.encode_all([sample], images)[0])
+        if not np.array_equal(other.input_ids, like.input_ids):
             raise EncodingError("the counterfactual changed the number of image tokens")
-        return Unit.of([encoded for _, encoded in rows], blind.model_inputs)
+        return other.model_inputs
 
     def _cut(self, encoded: Encoded | EncodingError) -> Encoded:
         if isinstance(encoded, EncodingError):
@@ -125,17 +137,22 @@ class Feed(MapDataset[Fed]):
     def _blind(self, pictures: Sequence[Picture]) -> list[Image]:
         # Seeded by what a picture shows: it has the same counterfactual wherever it appears, so that conversations
         # about it can share the blind picture too, and no order, other row or resumption changes what is drawn.
+        shown = {picture.digest for picture in pictures}
         return [
             self.counterfactual(
                 picture.image,
                 rng=np.random.default_rng([self.seed, int(picture.digest, 16)]),
-                other=lambda picture=picture: self._other(picture),  # type: ignore[misc]
+                other=lambda picture=picture: self._other(picture, shown),  # type: ignore[misc]
             )
             for picture in pictures
         ]
 
-    def _other(self, picture: Picture) -> Image:
-        """A picture that shows something else, from a row drawn at random. Raises EncodingError if none is found."""
+    def _other(self, picture: Picture, shown: Set[str]) -> Image:
+        """A picture to stand for `picture`, from a row drawn at random, that shows nothing of what is `shown`.
+
+        None of the conversation's other pictures either, which would go on telling what it is asked about.
+        Raises EncodingError if none is found.
+        """
         rng = np.random.default_rng([self.seed, int(picture.digest, 16)])
         for _ in range(1000):
             other = self.dataset[int(rng.integers(len(self.dataset)))]
@@ -145,7 +162,7 @@ class Feed(MapDataset[Fed]):
                 found = _decode(other.images[0], {})
             except ImageError:
                 continue
-            if found.digest != picture.digest:
+            if found.digest not in shown:
                 return found.image
         raise EncodingError("the dataset holds no other picture to swap in")
 
@@ -254,8 +271,13 @@ class _Thin(MapDataset[Fed]):
 def _converted(fed: Fed, kind: type, convert: Callable[[Any], Any]) -> Fed:
     """`fed` with those model inputs that are of `kind` converted."""
 
+    def one(value: Any) -> Any:
+        if isinstance(value, Change):
+            return replace(value, values=convert(value.values))
+        return convert(value) if isinstance(value, kind) else value
+
     def each(inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: convert(value) if isinstance(value, kind) else value for name, value in inputs.items()}
+        return {name: one(value) for name, value in inputs.items()}
 
     units = [
         replace(
@@ -263,6 +285,7 @@ def _converted(fed: Fed, kind: type, convert: Callable[[Any], Any]) -> Fed:
             rows=[replace(row, model_inputs=each(row.model_inputs)) for row in unit.rows],
             seen=each(unit.seen),
             blind=each(unit.blind),
+            blind_to=[each(changes) for changes in unit.blind_to],
         )
         for unit in fed.units
     ]

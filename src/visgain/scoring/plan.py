@@ -43,6 +43,7 @@ class Plan:
     row: Int64[np.ndarray, " R"]
     n_parts: int
     longest_text: int  # bytes of text in the longest conversation: no conversation has more text tokens
+    per_image_cost: float  # how many times as much there is to compute if each image is also blinded on its own
 
     def units(self, part: int) -> list[list[int]]:
         """The rows of each unit of `part`."""
@@ -74,7 +75,15 @@ def make_plan(dataset: Dataset, n_rows: int, part_rows: int) -> Plan:
         row=np.asarray([row for _, _, rows in dealt for row in rows], np.int64),
         n_parts=n_parts,
         longest_text=longest,
+        per_image_cost=_per_image_cost(keys, sizes),
     )
+
+
+def _per_image_cost(keys: Sequence[tuple[str, ...] | None], sizes: Int64[np.ndarray, " R"]) -> float:
+    """A row is computed seen, blind, and if it has several pictures once more for each of them."""
+    n_pictures = np.asarray([len(key or ()) for key in keys])
+    passes = np.where(n_pictures > 1, 2 + n_pictures, 2)
+    return float((passes * sizes).sum() / (2 * sizes).sum()) if sizes.any() else 1.0
 
 
 def _outline(dataset: Dataset, n_rows: int) -> tuple[list[tuple[str, ...] | None], list[str], np.ndarray, int]:
@@ -109,7 +118,8 @@ def _contents(images: dict[str, ImageRef]) -> dict[str, str]:
 
 def write_plan(folder: Path, plan: Plan) -> None:
     table = pa.table({"part": plan.part, "unit": plan.unit, "row": plan.row})
-    table = table.replace_schema_metadata({"longest_text": str(plan.longest_text)})
+    known = {"longest_text": str(plan.longest_text), "per_image_cost": str(plan.per_image_cost)}
+    table = table.replace_schema_metadata(known)
     with atomic_path(folder / FILE) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
@@ -120,9 +130,10 @@ def read_plan(folder: Path, n_parts: int) -> Plan:
         table = pq.read_table(folder / FILE)
         part, unit, row = (table.column(name).to_numpy() for name in ("part", "unit", "row"))
         longest = int(table.schema.metadata[b"longest_text"])
+        cost = float(table.schema.metadata.get(b"per_image_cost", "nan"))  # older plans do not say
     except (OSError, KeyError, TypeError, pa.ArrowException) as error:
         raise StorageError(f"cannot read {folder / FILE}: {error}; use another --out") from error
-    return Plan(part=part, unit=unit, row=row, n_parts=n_parts, longest_text=longest)
+    return Plan(part=part, unit=unit, row=row, n_parts=n_parts, longest_text=longest, per_image_cost=cost)
 
 
 def probe_units(plan: Plan, n_rows: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ import datetime as dt
 import itertools
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,10 +36,13 @@ from visgain.data import Dataset, open_dataset
 from visgain.scoring.claims import Rank, alone, claim
 from visgain.scoring.draft import FILE as DRAFT_FILE
 from visgain.scoring.draft import compare_draft
-from visgain.scoring.engine import WAYS, Choice, Engine, Extent, Unit, choose_way, scored, with_longest
+from visgain.scoring.engine import WAYS, Choice, Engine, Extent, PerCondition, choose_way, scored, with_longest
 from visgain.scoring.feed import Fed, Feed, deaths_told, feed, skipped
 from visgain.scoring.plan import Plan, make_plan, probe_units, read_plan, rotated, write_plan
+from visgain.scoring.unit import Unit
 from visgain.storage import (
+    PER_IMAGE_SCHEMA,
+    SCORE_SCHEMA,
     claim_run,
     finished_parts,
     part_path,
@@ -88,14 +92,14 @@ class Scorer:
                     yield unit
 
         overflown: list[tuple[Unit, TokenScores, int]] = []
-        for unit, pairs in scored(self.engine, units()):
-            for number, (record, (seen, blind)) in enumerate(zip(waiting.pop(id(unit)), pairs, strict=True)):
-                measured = replace(record, nll_seen=seen, nll_blind=blind)
+        for unit, nlls in scored(self.engine, units()):
+            for number, (record, found) in enumerate(zip(waiting.pop(id(unit)), nlls, strict=True)):
+                measured = self._measured(record, found)
                 if is_finite(measured):
                     records.append(measured)
                 else:
                     overflown.append((unit, record, number))
-            done(len(pairs))
+            done(len(nlls))
         return records + self._rescued(overflown)
 
     def _rescued(self, overflown: Sequence[tuple[Unit, TokenScores, int]]) -> list[TokenScores | Skipped]:
@@ -105,10 +109,16 @@ class Scorer:
             return [skipped(record, reason) for _, record, _ in overflown]
         records: list[TokenScores | Skipped] = []
         for unit, record, number in overflown:
-            [(seen, blind)] = self._wider.score([replace(unit, rows=[unit.rows[number]])])
-            measured = replace(record, nll_seen=seen, nll_blind=blind)
+            [found] = self._wider.score([replace(unit, rows=[unit.rows[number]])])
+            measured = self._measured(record, found)
             records.append(measured if is_finite(measured) else skipped(record, reason))
         return records
+
+    def _measured(self, record: TokenScores, nlls: PerCondition) -> TokenScores:
+        seen, blind, *alone = nlls
+        if self.source.per_image and not alone:
+            alone = [blind]  # the only picture
+        return replace(record, nll_seen=seen, nll_blind=blind, nll_blind_image=tuple(alone))
 
     @cached_property
     def _wider(self) -> Engine:
@@ -117,7 +127,7 @@ class Scorer:
 
 
 def is_finite(record: TokenScores) -> bool:
-    return bool(np.isfinite(record.nll_seen).all() and np.isfinite(record.nll_blind).all())
+    return all(np.isfinite(nll).all() for nll in (record.nll_seen, record.nll_blind, *record.nll_blind_image))
 
 
 # ---------------------------------------------------------------- the run
@@ -144,7 +154,7 @@ def _compare_draft(config: ScoreConfig) -> None:
     """A finished draft against the dtype that the device would have had by default."""
     dataset = _open_dataset(config)
     vlm = _load(config, _best_dtype(config))
-    source = _source(config, dataset, parse_counterfactual(config.counterfactual), vlm)
+    source = _source(replace(config, per_image=False), dataset, parse_counterfactual(config.counterfactual), vlm)
     plan = read_plan(config.out, read_json(config.out / "run.json", "scores")["n_parts"])
     with _computing_with(_threads(vlm)):
         compare_draft(config.out, plan, source, vlm)
@@ -153,6 +163,8 @@ def _compare_draft(config: ScoreConfig) -> None:
 def score_rest(config: ScoreConfig, rank: Rank) -> None:
     """Work as one of any number of processes until every part is on disk."""
     scorer, plan = open_run(config)
+    if config.per_image and rank.number == 0:
+        tqdm.write(f"visgain: --per-image computes {plan.per_image_cost:.1f} times as much as without", file=sys.stderr)
     threads = _threads(scorer.engine.vlm)
     with _computing_with(threads), Progress(config.out, plan, shown=rank.number == 0) as progress:
         while missing := sorted(set(range(plan.n_parts)) - finished_parts(config.out, plan.n_parts)):
@@ -166,7 +178,7 @@ def score_parts(scorer: Scorer, plan: Plan, parts: Iterable[int], progress: Prog
 
     While a part is computed, the next one is claimed and prepared, and the one before written.
     """
-    out = scorer.config.out
+    out, schema = scorer.config.out, PER_IMAGE_SCHEMA if scorer.source.per_image else SCORE_SCHEMA
     locks: dict[int, BaseFileLock] = {}
 
     def items() -> Iterator[tuple[int, Sequence[int]]]:
@@ -181,7 +193,7 @@ def score_parts(scorer: Scorer, plan: Plan, parts: Iterable[int], progress: Prog
             yield from ((part, unit) for unit in plan.units(part))
 
     def finish(part: int, records: list[TokenScores | Skipped]) -> None:
-        write_part(out, part, plan.n_parts, score_table(records))
+        write_part(out, part, plan.n_parts, score_table(records, schema))
         locks.pop(part).release()
 
     n_written = 0
@@ -277,6 +289,7 @@ def _source(config: ScoreConfig, dataset: Dataset, counterfactual: Counterfactua
         counterfactual=counterfactual,
         seed=config.seed,
         end_of_turn=config.end_of_turn,
+        per_image=config.per_image,
     )
 
 
@@ -363,6 +376,7 @@ def _identity(config: ScoreConfig, source: Feed, vlm: VLM) -> dict[str, Any]:
         "dtype": DRAFT if config.dtype == DRAFT else str(vlm.model.dtype).removeprefix("torch."),
         "max_pixels": config.max_pixels,
         "follow_links": config.follow_links,
+        **({"per_image": True} if config.per_image else {}),  # older runs say nothing of it
     }
 
 
