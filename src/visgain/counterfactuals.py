@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, get_type_hints
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float32
 from PIL import Image
 
 from visgain.errors import ConfigError
-from visgain.registry import Registry
+from visgain.registry import Registry, spec_of
 
 DEFAULT_BLUR_SIGMA = 0.2
 """Standard deviation of the default blur, relative to the shorter side of the picture."""
@@ -45,7 +45,7 @@ class Counterfactual(ABC):
     @property
     def spec(self) -> str:
         """The canonical text with the value of every option, which `parse_counterfactual` reads back."""
-        return _spec(self.name, _options(self))
+        return spec_of(self.name, self)
 
 
 @dataclass(frozen=True)
@@ -216,31 +216,8 @@ COUNTERFACTUALS: Registry[type[Counterfactual]] = Registry(
 
 def parse_counterfactual(spec: str) -> Counterfactual:
     """The counterfactual that `name` or `name:key=value,key=value` says. Raises UnknownName or ConfigError."""
-    name, _, text = spec.partition(":")
-    kind = COUNTERFACTUALS.get(name.strip())
-    defaults = _options(kind())
-    types = get_type_hints(kind)
-    valid = f"options of {kind.name}: {_spec('', defaults)[1:]}" if defaults else f"{kind.name} takes no options"
-    options: dict[str, Any] = {}
-    for option in text.split(",") if text else ():
-        key, equals, value = (part.strip() for part in option.partition("="))
-        if not equals or key not in defaults or key in options:
-            raise ConfigError(f"counterfactual {spec!r}: {option.strip()!r} is not one new key=value; {valid}")
-        try:
-            options[key] = types[key](value)
-        except ValueError:
-            raise ConfigError(
-                f"counterfactual {spec!r}: {key} is {value!r}, not {types[key].__name__}; {valid}"
-            ) from None
-    return kind(**options)
-
-
-def _options(counterfactual: Counterfactual) -> dict[str, Any]:
-    return {option.name: getattr(counterfactual, option.name) for option in fields(counterfactual)}  # type: ignore[arg-type]
-
-
-def _spec(name: str, options: dict[str, Any]) -> str:
-    return name + ":" * bool(options) + ",".join(f"{key}={value}" for key, value in options.items())
+    made: Counterfactual = COUNTERFACTUALS.make(spec)
+    return made
 
 
 def _to_image(pixels: Float32[np.ndarray, "h w"]) -> Image.Image:
