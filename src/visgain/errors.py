@@ -7,6 +7,7 @@ VisgainError
 │   └── ImageError   one image cannot be used; becomes the row's skip reason
 ├── ModelError       a model folder, processor or chat template cannot be used
 ├── EncodingError    one sample cannot be encoded; becomes the row's skip reason
+├── JudgeError       a judge cannot be reached, refuses, or says what nobody can read
 └── StorageError     an output folder is unwritable, full, damaged or belongs to another run
 
 The command line prints the message of any of these on one line and exits with 1 (2 for ConfigError); anything else is
@@ -46,6 +47,10 @@ class ModelError(VisgainError):
 
 class EncodingError(VisgainError):
     """One sample cannot be turned into tokens. The row is skipped and the message is its reason."""
+
+
+class JudgeError(VisgainError):
+    """A judge cannot be reached, refuses, or too many of its replies cannot be read."""
 
 
 class StorageError(VisgainError):

@@ -47,12 +47,12 @@ class Item:
 
     question: Question
     prediction: str
-    judgement: str | None = None
+    judgements: tuple[str, ...] = ()  # one for each run of the judge
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A benchmark's metrics over n items, and in how many of them the protocol could not read the reply."""
+    """A benchmark's metrics over n items, and how many replies (of all runs of a judge) the protocol cannot read."""
 
     metrics: Mapping[str, Metric]  # the headline first
     unparsed: int = 0
@@ -84,7 +84,7 @@ class JudgeRequest:
     user: str
     system: str = ""
     temperature: float = 0.0
-    max_tokens: int = 1024
+    max_tokens: int | None = 1024  # None: as long as the judge likes
     retry: str | None = None
 
 
@@ -93,15 +93,27 @@ class JudgedBenchmark(Benchmark, Protocol):
     """A benchmark whose replies are graded by a language model."""
 
     def request(self, question: Question, prediction: str, prompt: str | None) -> JudgeRequest:
-        """What the judge is asked; `prompt` is the user's text in place of ours."""
+        """What the judge is asked; `prompt` is the user's text in place of ours. Raises ConfigError if it is wrong."""
         ...
 
     def is_readable(self, judgement: str) -> bool:
         """Whether the protocol finds a grade in the judge's reply."""
         ...
 
+    def reviews(self, path: Path, questions: Sequence[Question]) -> dict[tuple[str, str], tuple[str, ...]]:
+        """Recorded replies in the official file format: those of each question, by its key. Raises DataError."""
+        ...
 
-BENCHMARKS: Registry[Benchmark] = Registry("benchmark", {"pope": "visgain.evaluation.pope:Pope"})
+
+BENCHMARKS: Registry[Benchmark] = Registry(
+    "benchmark",
+    {
+        "llava_bench_wild": "visgain.evaluation.llava_bench:LlavaBench",
+        "mmhal": "visgain.evaluation.mmhal:MMHal",
+        "mmvet": "visgain.evaluation.mmvet:MMVet",
+        "pope": "visgain.evaluation.pope:Pope",
+    },
+)
 
 
 def mean(values: Float64[np.ndarray, " n"] | Sequence[float], *, scale: float = 1.0) -> Metric:
