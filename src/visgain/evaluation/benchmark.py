@@ -57,6 +57,7 @@ class Scored:
     metrics: Mapping[str, Metric]  # the headline first
     unparsed: int = 0
     counts: Mapping[str, float] = field(default_factory=dict)  # further plain numbers: sizes, confusion counts
+    notes: Mapping[str, str] = field(default_factory=dict)  # what a number must be told with: the data's release, ...
 
 
 @runtime_checkable
