@@ -341,7 +341,7 @@ def test_the_templates_that_are_listed_are_those_that_can_be_given(cli: Callable
     listed = next(line for line in cli("list").out.splitlines() if line.startswith("templates: "))
     for verb in ("score", "train"):
         refused = one_message(cli(verb, "--model", "m", "--data", "d", "--out", "o", "--template", "?").err)
-        assert all(f'"{name}"' in refused for name in listed.removeprefix("templates: ").split(", "))
+        assert all(name in refused for name in listed.removeprefix("templates: ").split(", "))
 
 
 def test_env_names_the_versions_that_matter(cli: Callable[..., Outcome]) -> None:

@@ -18,8 +18,9 @@ from visgain.errors import EncodingError, ModelError
 from visgain.types import Sample, Turn
 from visgain.vlm.batch import pad_batch
 from visgain.vlm.encode import ChatEncoder, Encoder, align_expansion, chat_messages, without_end_of_turn
-from visgain.vlm.llava import LlavaEncoder, images_first, pad_to_square
+from visgain.vlm.frozen import FrozenEncoder, pad_to_square
 from visgain.vlm.load import VLM, load_vlm
+from visgain.vlm.profiles import images_first
 from visgain.vlm.template import make_encoder
 from visgain.world.model import IMAGE_SIDE, PATCH_SIDE
 
@@ -134,9 +135,9 @@ def expected_v1(tokenizer, conversation: list[str], n_patches: int) -> tuple[lis
     text = SYSTEM + " "
     is_answer_char: list[bool] = [False] * len(text)
     for question, answer in zip(conversation[0::2], conversation[1::2], strict=True):
-        prompt = f"USER: {question} ASSISTANT: "
-        text += prompt + answer + "</s>"
-        is_answer_char += [False] * len(prompt) + [True] * (len(answer) + len("</s>"))
+        prompt, said = f"USER: {question} ASSISTANT:", f" {answer}</s>"
+        text += prompt + said
+        is_answer_char += [False] * len(prompt) + [True] * len(said)
     ids, labels, position = [tokenizer.bos_token_id], [False], 0
     image = tokenizer.convert_tokens_to_ids("<image>")
     for number, piece in enumerate(text.split("<image>")):
@@ -211,7 +212,7 @@ def test_pictures_are_padded_to_a_centred_square_in_clip_mean_colour() -> None:
 
 def test_llava_counts_as_many_image_tokens_as_the_model_makes_features(llava: VLM) -> None:
     encoder = make_encoder(llava)
-    assert isinstance(encoder, LlavaEncoder)
+    assert isinstance(encoder, FrozenEncoder)
     encoded = encode(encoder, make_sample("<image>\nWhat?", "No."))
     features = llava.model.get_image_features(encoded.model_inputs["pixel_values"]).pooler_output
     assert encoded.n_image_tokens == sum(len(feature) for feature in features)

@@ -73,6 +73,7 @@ class ZooEncoder:
 
     name: str
     processor: Any = None
+    max_length: int = 2048
 
     def prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Encoded:
         raise NotImplementedError

@@ -137,13 +137,13 @@ def list_names() -> None:
     from visgain.counterfactuals import COUNTERFACTUALS
     from visgain.data import FORMATS
     from visgain.training.recipe import recipe_names
+    from visgain.vlm.profiles import template_names
 
-    templates = ["auto", "chat", "llava-1.5", "llava-1.5-align"]
     for kind, names in (
         ("counterfactuals", COUNTERFACTUALS.names()),
         ("data formats", FORMATS.names()),
         ("recipes", recipe_names()),
-        ("templates", templates),
+        ("templates", template_names()),
     ):
         print(f"{kind}: {', '.join(names)}")
 

@@ -18,6 +18,10 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_length(max_length: int | None) -> None:
+    _require(max_length is None or max_length >= 8, f"--max-length is {max_length}; it must be at least 8 tokens")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     """Where to read, what to measure, and how."""
@@ -34,10 +38,12 @@ class ScoreConfig:
     """What replaces the real image: blur, mean, noise, shuffle, swap or none, with options as in blur:sigma=0.2."""
     per_image: bool = False
     """Also replace each of several images on its own: gain per image, for n + 2 forward passes over n images, not 2."""
-    template: Literal["auto", "chat", "llava-1.5", "llava-1.5-align"] = "auto"
-    """Conversation template and image preparation; auto takes the processor's chat template if it can."""
-    max_length: int = 2048
-    """Longest sequence in tokens, image tokens included; longer samples are cut at the end and flagged."""
+    template: str = "auto"
+    """Conversation template and image preparation: auto, chat or a profile, see `visgain list`; auto takes the
+    processor's chat template if it can."""
+    max_length: int | None = None
+    """Longest sequence in tokens, image tokens included; longer samples are cut at the end and flagged
+    [default: the profile's, else 2048]."""
     end_of_turn: Literal["score", "ignore"] = "score"
     """Whether each answer's end-of-turn token counts as an answer token."""
     seed: int = 0
@@ -68,7 +74,7 @@ class ScoreConfig:
     """Only the first rows of the dataset."""
 
     def __post_init__(self) -> None:
-        _require(self.max_length >= 8, f"--max-length is {self.max_length}; it must be at least 8 tokens")
+        _require_length(self.max_length)
         _require(
             self.batch_tokens is None or self.batch_tokens >= 1,
             f"--batch-tokens is {self.batch_tokens}; it must be positive",
@@ -156,10 +162,10 @@ class TrainConfig:
     """Rows in one forward pass on one device."""
     loss_reduction: Literal["global", "micro-batch"] | None = None
     """Mean over the active tokens of the whole optimiser step, or of each micro-batch and then over those."""
-    template: Literal["auto", "chat", "llava-1.5", "llava-1.5-align"] = "auto"
+    template: str = "auto"
     """Conversation template and image preparation; must be the one that was scored with."""
-    max_length: int = 2048
-    """Longest sequence in tokens, image tokens included."""
+    max_length: int | None = None
+    """Longest sequence in tokens, image tokens included [default: the profile's, else 2048]."""
     save_steps: int | None = None
     """Optimiser steps between checkpoints to resume from."""
     seed: int = 0
@@ -178,6 +184,7 @@ class TrainConfig:
     """Run Python code that comes with the model."""
 
     def __post_init__(self) -> None:
+        _require_length(self.max_length)
         for name in ("lora_rank", "max_steps", "batch_size", "micro_batch", "save_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; it must be positive")

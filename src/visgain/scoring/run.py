@@ -54,6 +54,7 @@ from visgain.summary import ScoreSummary, summarise_scores
 from visgain.types import Skipped, TokenScores
 from visgain.vlm.float8 import make_draft
 from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name, pick_device
+from visgain.vlm.profiles import find_profile
 from visgain.vlm.template import make_encoder
 
 PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -254,6 +255,7 @@ class Progress:
 def open_run(config: ScoreConfig) -> tuple[Scorer, Plan]:
     """Check the cheap things first: options, dataset, then the model; then plan, or read the plan of a run begun."""
     counterfactual = parse_counterfactual(config.counterfactual)
+    find_profile(config.template)  # a mistyped name is told before the model is loaded
     dataset = _open_dataset(config)
     vlm = _load(config, _dtype(config))
     source = _source(config, dataset, counterfactual, vlm)
@@ -299,7 +301,7 @@ def _checked(config: ScoreConfig, source: Feed, vlm: VLM, plan: Plan, ways: Sequ
     probes = list(itertools.islice((unit for item in fed for unit in item.units), PROBE_UNITS))
     if not probes:  # nothing to score, or nothing that can be
         return vlm, Choice(way="single", rejected={}, tried=Extent(), finite=True)
-    longest = min(config.max_length, _most_positions(vlm), len(probes[0].rows[0].input_ids) + plan.longest_text)
+    longest = min(source.encoder.max_length, _most_positions(vlm), len(probes[0].rows[0].input_ids) + plan.longest_text)
     probes = [with_longest(probes[0], longest), *probes[1:]]
     choice = choose_way(vlm, probes, ways)
     if not choice.finite and config.dtype == "auto" and vlm.model.dtype == torch.float16:
@@ -370,7 +372,7 @@ def _identity(config: ScoreConfig, source: Feed, vlm: VLM) -> dict[str, Any]:
         "limit": config.limit,
         "counterfactual": source.counterfactual.spec,
         "template": source.encoder.name,
-        "max_length": config.max_length,
+        "max_length": source.encoder.max_length,
         "end_of_turn": config.end_of_turn,
         "seed": config.seed,
         "dtype": DRAFT if config.dtype == DRAFT else str(vlm.model.dtype).removeprefix("torch."),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from visgain.training.recipe import Recipe, resolve_recipe
 from visgain.vlm.families import named_parts, part_modules
 from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name
 from visgain.vlm.logits import output_head
+from visgain.vlm.profiles import find_profile
 from visgain.vlm.template import make_encoder
 
 BESIDE_ADAPTER = "trained.safetensors"
@@ -138,6 +139,7 @@ class TrainSummary:
 def run_train(config: TrainConfig) -> TrainSummary:
     """Train on the selected rows and tokens. Resumes from the last checkpoint in `config.out`; does nothing if done."""
     recipe = resolve_recipe(config)
+    find_profile(config.template)  # a mistyped name is told before the model is loaded
     dataset = open_dataset(
         config.data, config.image_root, max_pixels=config.max_pixels, follow_links=config.follow_links
     )
@@ -145,6 +147,7 @@ def run_train(config: TrainConfig) -> TrainSummary:
     set_seed(config.seed)  # before the model: adapters are initialised at random
     vlm = load_vlm(config.model, device="cpu", trust_remote_code=config.trust_remote_code)
     encoder = make_encoder(vlm, config.template, config.max_length)
+    config = replace(config, max_length=encoder.max_length)
     if scored and scored["template"] != encoder.name:
         raise ConfigError(f"the selection was scored with --template {scored['template']}, this is {encoder.name}")
     end_of_turn = scored.get("end_of_turn", "score")

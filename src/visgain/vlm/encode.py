@@ -5,7 +5,7 @@ An encoder is a template (how a conversation is written) and an image preparatio
 - `ChatEncoder` writes with the processor's own chat template. Answer spans come from the template's generation marks,
   else from rendering each prefix of the conversation and checking that it is a prefix; they are spans of *text*, mapped
   to tokens by character offsets.
-- the LLaVA encoders (`visgain.vlm.llava`) write the original training templates, which no chat template reproduces.
+- `FrozenEncoder` (`visgain.vlm.frozen`) writes as a published recipe did, which no chat template reproduces.
 
 Every encoder keeps one contract, checked by the tests for every family: the answer tokens of a sample, decoded in
 order, are its answers, each with its end-of-turn.
@@ -41,6 +41,9 @@ class Encoder(Protocol):
 
     @property
     def processor(self) -> ProcessorMixin: ...
+
+    @property
+    def max_length(self) -> int: ...
 
     def encode(self, sample: Sample, images: Sequence[Image]) -> Encoded:
         """The sample with `images` in place of its own, at most `max_length` tokens.

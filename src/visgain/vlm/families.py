@@ -25,8 +25,8 @@ PART_PATHS = {
 }
 """Where transformers' models keep their parts; every path that exists counts."""
 
-PROFILES = {"llava": "llava-1.5"}
-"""Model type -> template to use where the processor's own does not supervise the end of a turn."""
+REPAIRS = {"llava": "llava-1.5"}
+"""Model type -> profile to use where the processor's own does not supervise the end of a turn."""
 
 NUMBERED_INPUTS = {"image_token_pooling": "pixel_values"}
 """Inputs whose values number the rows of another input [crops, rows, ...] within one sample, from 0; -1 is none."""

@@ -3,32 +3,61 @@
 from __future__ import annotations
 
 from visgain.errors import ModelError
+from visgain.vlm.chat import ChatTemplate
+from visgain.vlm.completion import completion_encoder
 from visgain.vlm.encode import ChatEncoder, Encoder
-from visgain.vlm.families import PROFILES
-from visgain.vlm.llava import LlavaAlignEncoder, LlavaEncoder
+from visgain.vlm.families import REPAIRS
+from visgain.vlm.frozen import FrozenEncoder
 from visgain.vlm.load import VLM
+from visgain.vlm.profiles import CHAT_LENGTH, Profile, find_profile
 
 
-def make_encoder(vlm: VLM, template: str = "auto", max_length: int = 2048) -> Encoder:
-    """The encoder called `template` for `vlm`.
+def make_encoder(vlm: VLM, template: str = "auto", max_length: int | None = None) -> Encoder:
+    """The encoder called `template` for `vlm`, with the template's own length unless `max_length` says another.
 
     `auto` takes the processor's chat template if that supervises the end of each turn, else the profile of the model's
-    family, else the chat template as it is. Raises ModelError if none can locate the answers.
+    family, else the chat template as it is, else the processor's own way to write a question. Raises ModelError if none
+    can locate the answers or if the profile is not for such a model, UnknownName if there is no such template.
     """
-    options = {"processor": vlm.processor, "image_token_id": vlm.image_token_id, "max_length": max_length}
-    if template.startswith("llava-1.5") and not hasattr(vlm.processor, "patch_size"):
-        raise ModelError(f"{type(vlm.processor).__name__} is not LLaVA's, so --template {template} cannot be used")
-    if template == "llava-1.5":
-        return LlavaEncoder(**options)
-    if template == "llava-1.5-align":
-        return LlavaAlignEncoder(**options, name=template)
-    if not vlm.processor.chat_template:
-        profile = PROFILES.get(vlm.model.config.model_type)
-        if template == "auto" and profile is not None:
-            return make_encoder(vlm, profile, max_length)
-        raise ModelError(f"{vlm.name} has no chat template; give one with --template, e.g. --template llava-1.5")
-    chat = ChatEncoder(**options)
-    profile = PROFILES.get(vlm.model.config.model_type)
-    if template == "auto" and profile is not None and not chat.ends_turns():
-        return make_encoder(vlm, profile, max_length)
-    return chat
+    profile = find_profile(template)
+    if profile is not None:
+        return _frozen(vlm, profile, max_length)
+    repair = REPAIRS.get(vlm.model.config.model_type) if template == "auto" else None
+    if repair is not None and not vlm.processor.chat_template:
+        return make_encoder(vlm, repair, max_length)
+    chat = ChatTemplate.of(vlm.processor, vlm.image_token_id)
+    options = {
+        "processor": vlm.processor,
+        "image_token_id": vlm.image_token_id,
+        "max_length": max_length or CHAT_LENGTH,
+    }
+    if chat is None:
+        completion = completion_encoder(**options) if template == "auto" else None
+        if completion is None:
+            raise ModelError(f"{vlm.name} has no chat template; give one with --template, e.g. --template llava-1.5")
+        return completion
+    if repair is not None and not chat.ends_turns():
+        return make_encoder(vlm, repair, max_length)
+    return ChatEncoder(template=chat, **options)
+
+
+def _frozen(vlm: VLM, profile: Profile, max_length: int | None) -> FrozenEncoder:
+    """`profile` on `vlm`. Raises ModelError if it does not see or read as the recipe's model does."""
+    processor, tokenizer, asked = vlm.processor, vlm.processor.tokenizer, f"--template {profile.name}"
+    tiles = hasattr(processor.image_processor, "image_grid_pinpoints")
+    if not hasattr(processor, "patch_size") or not hasattr(processor, "num_additional_image_tokens") or tiles:
+        raise ModelError(f"{type(processor).__name__} is not LLaVA's, so {asked} cannot be used")
+    side = getattr(getattr(vlm.model.config, "vision_config", None), "image_size", None)
+    if not isinstance(side, int):
+        raise ModelError(f"{vlm.name} names no one size of its pictures (image_size), so {asked} cannot be used")
+    missing = [token for token in profile.special_tokens if token not in tokenizer.get_vocab()]
+    if missing or ("{end}" in profile.answer and tokenizer.eos_token is None):
+        what = missing[0] if missing else "end-of-sequence token"
+        raise ModelError(f"the tokenizer of {vlm.name} has no {what}, which {asked} writes; is it another model's?")
+    return FrozenEncoder(
+        profile=profile,
+        processor=processor,
+        image_token_id=vlm.image_token_id,
+        side=side,
+        max_length=max_length or profile.max_length,
+    )
