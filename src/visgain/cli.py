@@ -5,6 +5,7 @@ Results go to stdout, progress and errors to stderr. Exit code 0: done, 1: faile
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from cyclopts import App, Parameter, Token, convert
 
 import visgain
 from visgain.config import (
+    CheckConfig,
     DemoConfig,
     ReportConfig,
     ScoreConfig,
@@ -59,6 +61,25 @@ def demo(config: Annotated[DemoConfig | None, FLAT] = None) -> None:
 
 
 @app.command
+def check(config: Annotated[CheckConfig, FLAT]) -> None:
+    """Say in seconds what `score` would do with the same options, and what to mend first."""
+    _quiet()
+    from visgain.check.run import run_check
+    from visgain.check.view import print_checked
+    from visgain.storage import write_json
+
+    checked = run_check(config)
+    if config.json == "-":
+        print(json.dumps(checked.as_json(), indent=2, ensure_ascii=False))
+    else:
+        print_checked(checked)
+        if config.json:
+            write_json(Path(config.json), checked.as_json())
+    if checked.has_errors:
+        sys.exit(1)
+
+
+@app.command
 def score(config: Annotated[ScoreConfig, FLAT]) -> None:
     """Measure every answer token with the real and with a counterfactual image."""
     _quiet()
@@ -98,6 +119,17 @@ def train(config: Annotated[TrainConfig, FLAT]) -> None:
         f"{done.active_tokens:,} active tokens; loss {done.mean_loss:.4f} nats"
     )
     print(f"model: {config.out}")
+
+
+@app.command(name="eval")
+def evaluate(config: Annotated[EvalConfig, FLAT]) -> None:
+    """Ask a model the questions of benchmarks and score its answers by their protocols."""
+    _quiet()
+    from visgain.evaluation.run import run_eval
+    from visgain.evaluation.table import table
+
+    print(table(run_eval(config)))
+    print(f"results: {config.out}")
 
 
 @app.command
@@ -205,9 +237,11 @@ def _option_names(verb: str) -> list[str]:
 
     configs: dict[str, Any] = {
         "demo": DemoConfig,
+        "check": CheckConfig,
         "score": ScoreConfig,
         "select": SelectConfig,
         "train": TrainConfig,
+        "eval": EvalConfig,
         "report": ReportConfig,
         "show": ShowConfig,
         "world": WorldConfig,

@@ -86,6 +86,25 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckConfig(ScoreConfig):
+    """The options of `score`, and how much to look at and show."""
+
+    out: Path = Path("scores")
+    """Where the scores would go: is there room?"""
+    sample: int = 64
+    """Rows to read as the model would, spread over the whole dataset."""
+    show: int = 2
+    """Conversations to show in full, labels marked."""
+    json: str | None = None
+    """File for the findings and the numbers behind them; - prints them in place of everything else."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.sample >= 1, f"--sample is {self.sample}; it must be positive")
+        _require(self.show >= 0, f"--show is {self.show}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelectConfig:
     """Which samples and tokens to train on."""
 
@@ -185,9 +204,92 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_length(self.max_length)
+        _require_length(self.max_length)
+        _require_length(self.max_length)
         for name in ("lora_rank", "max_steps", "batch_size", "micro_batch", "save_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; it must be positive")
+
+
+STAGES = ("generate", "judge", "score")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Which benchmarks, on what data, of which model or answers."""
+
+    benchmarks: str
+    """Names with commas between them, e.g. pope,chair; `visgain list` shows them."""
+    data: Path
+    """A benchmark's official file or folder; with several benchmarks, a folder that holds one named like each."""
+    out: Path
+    """Folder with a folder for each benchmark; the same command resumes there."""
+    model: str | None = None
+    """Model folder or hub name to ask; not needed where answers exist."""
+    answers: Path | None = None
+    """Score these answers (JSON lines: split, id, prediction; or the benchmark's own format) and ask no model."""
+    image_root: Path | None = None
+    """Folder that image names are relative to [default: the data's folder]."""
+    stages: str = "generate,judge,score"
+    """What to do, with commas between; each stage begins with the files that the one before left."""
+    variant: str = ""
+    """Parser or protocol variant: a name for one benchmark, or pope=opera,chair=wordnet [default: the official ones]."""
+    decoding: str = "greedy"
+    """How tokens are chosen, with options as in vcd:alpha=1,beta=0.1; `visgain list` shows the names."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens [default: the benchmark's]."""
+    batch_size: int = 16
+    """Prompts answered side by side, halved where memory runs out."""
+    template: Literal["auto", "chat", "llava-1.5", "llava-1.5-align"] = "auto"
+    """Conversation template and image preparation."""
+    max_length: int = 2048
+    """Longest prompt in tokens, image tokens included."""
+    judge: str | None = None
+    """Grade with MODEL@URL, an OpenAI-compatible endpoint (its key in OPENAI_API_KEY), or with recorded reviews."""
+    judge_prompt: Path | None = None
+    """The official wording of the judge's question in place of ours."""
+    force: bool = False
+    """Print a score even if more than 2 % of the judge's replies cannot be read."""
+    limit: int | None = None
+    """Ask only the first questions of each benchmark; the result says so."""
+    seed: int = 0
+    """Seed of decoding that draws."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.names), "--benchmarks names none")
+        for stage in self.stages.split(","):
+            _require(stage in STAGES, f"--stages holds {stage!r}; the stages are {', '.join(STAGES)}")
+        _require(
+            self.answers is None or len(self.names) == 1,
+            f"--answers goes with one benchmark, and --benchmarks names {len(self.names)}",
+        )
+        _require(
+            self.answers is None or self.model is None, "--answers and --model are two sources of answers; give one"
+        )
+        _require(
+            set(self.variants) <= {"", *self.names} and ("" not in self.variants or len(self.names) == 1),
+            f"--variant is {self.variant!r}; say BENCHMARK=VARIANT for benchmarks of --benchmarks",
+        )
+        for name in ("max_new_tokens", "batch_size", "max_length", "limit"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; it must be positive")
+
+    @property
+    def names(self) -> list[str]:
+        """The benchmarks, each once."""
+        return list(dict.fromkeys(name for part in self.benchmarks.split(",") if (name := part.strip())))
+
+    @property
+    def variants(self) -> dict[str, str]:
+        """Benchmark -> variant; the key is empty where only a variant was said."""
+        said = (part.strip().rpartition("=") for part in self.variant.split(",") if part.strip())
+        return {name: variant for name, _, variant in said}
 
 
 @dataclass(frozen=True, kw_only=True)

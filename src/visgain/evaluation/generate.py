@@ -1,19 +1,147 @@
-"""Greedy answers to many questions, batched."""
+"""Answers to many prompts: batched by length, padded on the left, with the model's own key-value cache.
+
+Which prompts go together depends on the prompts alone and not on what is answered already, so an interrupted run that
+is resumed gives the same answers as one that was not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Int64
+from PIL.Image import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from visgain.types import Sample, Turn
-from visgain.vlm.batch import pad_batch
+from visgain.errors import ModelError
+from visgain.types import IMAGE_MARK, Encoded, ImageRef, Sample, Turn
+from visgain.vlm.batch import pad_batch, signature
 from visgain.vlm.encode import Encoder
 from visgain.vlm.load import VLM
 
+WINDOW = 4
+"""Batches whose prompts are prepared and then sorted by their length in tokens: bounds the pictures in memory."""
 
-@torch.inference_mode()
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A conversation that ends with a user's turn, and its pictures."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[ImageRef, ...] = ()
+
+    @classmethod
+    def plain(cls, text: str, images: Sequence[ImageRef] = ()) -> Ask:
+        """One question, its pictures in front of it."""
+        marks = f"{IMAGE_MARK}\n" * len(images)
+        return cls(turns=(Turn(role="user", text=marks + text),), images=tuple(images))
+
+    @classmethod
+    def first_of(cls, sample: Sample) -> Ask:
+        """The turns of `sample` up to the first answer, with the pictures that they mention."""
+        first = next(i for i, turn in enumerate(sample.turns) if turn.role == "assistant")
+        turns = sample.turns[:first]
+        return cls(turns=turns, images=sample.images[: sum(turn.text.count(IMAGE_MARK) for turn in turns)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """An `Ask` as the model reads it."""
+
+    ask: Ask
+    images: tuple[Image, ...]
+    encoded: Encoded
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """How tokens are chosen."""
+
+    @property
+    def spec(self) -> str:
+        """Name and options: what a result depends on."""
+        ...
+
+    def __call__(
+        self, vlm: VLM, encoder: Encoder, prompts: Sequence[Prompt], max_new_tokens: int
+    ) -> Int64[Tensor, "B new"]:
+        """New tokens for each prompt, padded on the right after an end of turn."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy:
+    """The most likely token."""
+
+    @property
+    def spec(self) -> str:
+        return "greedy"
+
+    def __call__(
+        self, vlm: VLM, encoder: Encoder, prompts: Sequence[Prompt], max_new_tokens: int
+    ) -> Int64[Tensor, "B new"]:
+        batch = pad_batch([prompt.encoded for prompt in prompts], pad_id(vlm), side="left").to(vlm.device)
+        output = vlm.model.generate(
+            **batch.inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad_id(vlm),
+            eos_token_id=end_ids(vlm),
+        )
+        new: Tensor = output[:, batch.is_answer.shape[1] :]
+        return new
+
+
+GREEDY = Greedy()
+
+
+def pad_id(vlm: VLM) -> int:
+    return 0 if vlm.tokenizer.pad_token_id is None else int(vlm.tokenizer.pad_token_id)
+
+
+def end_ids(vlm: VLM) -> list[int]:
+    """Tokens after which an answer is over: the model's own, and the tokenizer's end of text."""
+    known = vlm.model.generation_config.eos_token_id
+    ids = known if isinstance(known, list) else [known]
+    return sorted({int(token) for token in (*ids, vlm.tokenizer.eos_token_id) if token is not None})
+
+
+def answers(
+    vlm: VLM,
+    encoder: Encoder,
+    asks: Sequence[Ask],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    decoder: Decoder = GREEDY,
+    known: Collection[int] = (),
+    description: str = "answering",
+) -> Iterator[list[tuple[int, str]]]:
+    """(position in `asks`, answer) of one batch after the other; batches that are `known` as a whole are left out.
+
+    Raises ImageError or EncodingError for what cannot be asked: evaluation leaves nothing out. Raises ModelError if a
+    single prompt is too large for the device's memory.
+    """
+    order = sorted(range(len(asks)), key=lambda i: (len(asks[i].images), sum(len(t.text) for t in asks[i].turns), i))
+    known = frozenset(known)
+    with tqdm(total=len(asks), initial=len(known), desc=description, unit="answer", mininterval=0.5) as progress:
+        for window in _cut(order, batch_size * WINDOW):
+            if all(i in known for i in window):
+                continue
+            prompts = {i: _prepared(encoder, asks[i]) for i in window}
+            for batch in _batches(prompts, batch_size):
+                if all(i in known for i in batch):
+                    continue
+                texts = _decoded(vlm, encoder, [prompts[i] for i in batch], max_new_tokens, decoder)
+                yield list(zip(batch, texts, strict=True))
+                progress.update(sum(i not in known for i in batch))
+
+
 def generate_answers(
     vlm: VLM,
     encoder: Encoder,
@@ -23,31 +151,51 @@ def generate_answers(
     batch_size: int = 64,
     description: str = "answering",
 ) -> list[str]:
-    """The model's greedy answer to the first question of each sample, in the order of `samples`.
-
-    Prompts are batched by length and padded on the left. Raises ImageError or EncodingError for a sample that cannot be
-    asked: evaluation leaves nothing out.
-    """
-    prompts = [encoder.prompt(_question(sample), [image.open() for image in sample.images]) for sample in samples]
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].input_ids), i))
-    tokenizer = vlm.tokenizer
-    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    answers = [""] * len(samples)
-    with tqdm(total=len(samples), desc=description, unit="row", mininterval=0.5) as progress:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = pad_batch([prompts[i] for i in chosen], pad_id, side="left").to(vlm.device)
-            output = vlm.model.generate(
-                **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id
-            )
-            new = output[:, batch.is_answer.shape[1] :]
-            for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                answers[i] = text.strip()
-            progress.update(len(chosen))
-    return answers
+    """The model's greedy answer to the first question of each sample, in their order. Raises as `answers`."""
+    asks = [Ask.first_of(sample) for sample in samples]
+    batches = answers(vlm, encoder, asks, max_new_tokens=max_new_tokens, batch_size=batch_size, description=description)
+    found = dict(itertools.chain.from_iterable(batches))
+    return [found[i] for i in range(len(samples))]
 
 
-def _question(sample: Sample) -> tuple[Turn, ...]:
-    """The turns up to the first answer."""
-    first_answer = next(i for i, turn in enumerate(sample.turns) if turn.role == "assistant")
-    return sample.turns[:first_answer]
+def _cut(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+def _prepared(encoder: Encoder, ask: Ask) -> Prompt:
+    images = tuple(image.open() for image in ask.images)
+    return Prompt(ask=ask, images=images, encoded=encoder.prompt(ask.turns, images))
+
+
+def _batches(prompts: Mapping[int, Prompt], size: int) -> Iterator[Sequence[int]]:
+    """Prompts that can go side by side, the longest first: if memory is too small, it shows at once."""
+
+    def kind(i: int) -> str:
+        return repr(signature(prompts[i].encoded))
+
+    order = sorted(prompts, key=lambda i: (kind(i), -len(prompts[i].encoded.input_ids), i))
+    for _, alike in itertools.groupby(order, key=kind):
+        yield from _cut(list(alike), size)
+
+
+@torch.inference_mode()
+def _decoded(vlm: VLM, encoder: Encoder, prompts: Sequence[Prompt], max_new_tokens: int, decoder: Decoder) -> list[str]:
+    try:
+        new = decoder(vlm, encoder, prompts, max_new_tokens)
+    except torch.OutOfMemoryError as error:
+        if len(prompts) == 1:
+            size = len(prompts[0].encoded.input_ids)
+            raise ModelError(f"out of memory on {vlm.device} with one prompt of {size} tokens") from error
+    else:
+        return [_text(vlm, row) for row in new.tolist()]
+    torch.cuda.empty_cache()
+    half = len(prompts) // 2
+    halves = (prompts[:half], prompts[half:])
+    return [text for part in halves for text in _decoded(vlm, encoder, part, max_new_tokens, decoder)]
+
+
+def _text(vlm: VLM, ids: Sequence[int]) -> str:
+    """What stands before the end of the turn; after it there is padding, which may be a token like any other."""
+    ends = set(end_ids(vlm))
+    said = itertools.takewhile(lambda token: token not in ends, ids)
+    return str(vlm.tokenizer.decode(list(said), skip_special_tokens=True)).strip()
