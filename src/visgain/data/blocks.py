@@ -28,22 +28,22 @@ from visgain.errors import DataError
 MAX_GROUP_BYTES, MAX_GROUP_ROWS = 64 << 20, 1 << 13
 """Larger row groups are unpacked. The hub's have 100 to 1,000 rows, and decode in about a millisecond a megabyte."""
 
-_UNPACKED_ROWS = 1 << 10  # in one batch of an unpacked file; reading takes slices of it, so it only bounds memory
+_UNPACKED_BYTES, _UNPACKED_ROWS = 16 << 20, 1 << 13  # in one batch of an unpacked file, to bound memory
 _KEPT_GROUPS = 3
 
-Columns = tuple[str, ...]
+Names = tuple[str, ...]
+"""Of columns."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Cells:
     """One row: `place` in the record batch `block`."""
 
     block: pa.RecordBatch
     place: int
 
-    def array(self, column: str) -> pa.Array:
-        """The row's value in `column`, as an array of one."""
-        return self.block.column(column).slice(self.place, 1)
+    def __getitem__(self, column: str) -> pa.Scalar:
+        return self.block.column(column)[self.place]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +74,7 @@ class TableFile:
         with self._reading():
             return int(_starts(self)[-1])
 
-    def cells(self, columns: Columns, row: int) -> Cells:
+    def cells(self, columns: Names, row: int) -> Cells:
         """The row, at least with `columns`. Raises DataError if its block is damaged or the file was changed."""
         with self._reading():
             starts = _starts(self)
@@ -91,7 +91,7 @@ class TableFile:
             raise DataError(f"cannot read the table {self.path}: {what}; copy or download it again") from error
 
 
-def unpacked(tables: Sequence[TableFile], columns: Columns) -> list[TableFile]:
+def unpacked(tables: Sequence[TableFile], columns: Names) -> list[TableFile]:
     """`tables`, those with too large row groups replaced by Arrow files with `columns`, which are made once.
 
     Raises DataError where a file is damaged or the disk has no room.
@@ -102,7 +102,7 @@ def unpacked(tables: Sequence[TableFile], columns: Columns) -> list[TableFile]:
     _require_room(tables[0].path, sum(coarse[table] for table in missing))
 
     def arrow_file(table: TableFile) -> TableFile:
-        return TableFile.of(derived(kind, [table.path], lambda target: _unpack(table, columns, target)))
+        return TableFile.of(derived(kind, [table.path], lambda target: _unpack(table, columns, coarse[table], target)))
 
     with tqdm(coarse, desc="unpacking once", unit="file", delay=1, leave=False, disable=not missing) as files:
         made = {table: arrow_file(table) for table in files}
@@ -136,7 +136,7 @@ def _starts(table: TableFile) -> Int64[np.ndarray, " blocks+1"]:
 
 
 @lru_cache(maxsize=_KEPT_GROUPS)
-def _group(table: TableFile, columns: Columns, number: int) -> pa.RecordBatch:
+def _group(table: TableFile, columns: Names, number: int) -> pa.RecordBatch:
     if TableFile.of(table.path) != table:
         raise DataError(f"the table {table.path} was changed while it was being read; run the same command again")
     # Opened anew (0.2 ms): a reader is no thing to share between threads, or to take along into a fork.
@@ -145,7 +145,7 @@ def _group(table: TableFile, columns: Columns, number: int) -> pa.RecordBatch:
     return rows.combine_chunks().to_batches()[0]
 
 
-def _unpacked_bytes(table: TableFile, columns: Columns) -> int:
+def _unpacked_bytes(table: TableFile, columns: Names) -> int:
     """How large `columns` are when unpacked; 0 if the file can be read as it is."""
     with table._reading():
         if not _is_parquet(table):
@@ -159,22 +159,24 @@ def _unpacked_bytes(table: TableFile, columns: Columns) -> int:
     return sum(sizes) if is_coarse else 0
 
 
-def _column_bytes(group: pq.RowGroupMetaData, columns: Columns) -> Iterable[int]:
+def _column_bytes(group: pq.RowGroupMetaData, columns: Names) -> Iterable[int]:
     for index in range(group.num_columns):
         column = group.column(index)
         if column.path_in_schema.partition(".")[0] in columns:
             yield column.total_uncompressed_size
 
 
-def _unpack(table: TableFile, columns: Columns, target: Path) -> None:
-    """Write `columns` of a parquet file as an Arrow file, some rows at a time."""
+def _unpack(table: TableFile, columns: Names, size: int, target: Path) -> None:
+    """Write `columns` of a parquet file, of `size` bytes, as an Arrow file, some rows at a time."""
+    some = max(1, min(_UNPACKED_ROWS, _UNPACKED_BYTES * len(table) // size))
     options = pa.ipc.IpcWriteOptions(unify_dictionaries=True)
     with table._reading(), pq.ParquetFile(table.path, pre_buffer=False) as file:
-        schema = pa.schema([file.schema_arrow.field(name) for name in columns])
+        wanted = list(columns)
+        schema = pa.schema([file.schema_arrow.field(name) for name in wanted])
         with pa.ipc.new_file(target, schema, options=options) as writer:
             for number in range(file.num_row_groups):  # one at a time, or the reader keeps what it read
-                for batch in file.iter_batches(_UNPACKED_ROWS, row_groups=[number], columns=list(columns)):
-                    writer.write_batch(batch.select(list(columns)))
+                for batch in file.iter_batches(some, row_groups=[number], columns=wanted, use_threads=False):
+                    writer.write_batch(batch.select(wanted))
 
 
 def _require_room(path: Path, needed: int) -> None:

@@ -108,8 +108,8 @@ class ImageSpan:
 
     @property
     def key(self) -> str:
-        """The container's name, the picture's, and where it lies, because names repeat."""
-        return f"{self.container.name}/{self.name}@{self.offset}"
+        """The picture's name, and where it lies, because names repeat."""
+        return f"{self.name} at {self.offset} in {self.container.name}"
 
     def hint(self) -> str | None:
         """See `content_hint`; None where the bytes cannot be read."""
@@ -122,6 +122,9 @@ class ImageSpan:
     def open(self) -> Image.Image:
         """Decode as `ImageFile` does. Raises ImageError, and nothing else."""
         return decode(self.name, self._bytes, self.max_pixels)
+
+    def __repr__(self) -> str:
+        return f"image {self.key}"  # part of the fingerprint of a row that cannot be scored, wherever it is kept
 
     def _bytes(self) -> IO[bytes]:
         require_plausible(self.name, self.size, self.max_pixels)
