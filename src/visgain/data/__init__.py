@@ -1,17 +1,20 @@
-"""Datasets: files of rows, read one row at a time into samples.
+"""Datasets: rows in files and folders, read one row at a time into samples.
 
-`open_dataset` looks at the first bytes of a file and hands it to the format that recognises them. A format is one
-object in `FORMATS`, or an entry point in the group `visgain.data_formats`; see `DataFormat` for what it promises.
+`open_dataset` looks at what is there and hands it to the format that recognises it. Formats come in two kinds: FORMATS
+say how rows are stored (JSON, CSV, parquet ...), `records.LAYOUTS` what the fields of a row mean. Each is one object
+in its registry, or an entry point in the group `visgain.data_formats` or `visgain.data_layouts`.
 """
 
 from __future__ import annotations
 
 import codecs
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from visgain.errors import DataError
-from visgain.registry import Registry
+from visgain.data.records import LAYOUTS, Columns
+from visgain.errors import DataError, UnknownName
+from visgain.registry import Registry, suggest
 from visgain.types import Sample, Skipped
 
 _SNIFFED_BYTES = 4096
@@ -19,10 +22,11 @@ _SNIFFED_BYTES = 4096
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Rows of one dataset file, in its order. Picklable, so that it can travel to loader processes.
+    """Rows of one dataset, in its order. Picklable, so that it can travel to loader processes.
 
     A row that cannot be scored is a Skipped with the reason; it is never replaced by a neighbour. Opening a dataset
-    does not open its images, so a Sample can still turn out to have an image that raises ImageError.
+    does not open its images, so a Sample can still turn out to have an image that raises ImageError. What is in memory
+    does not grow with the content, and the index of rows is shared by all processes.
     """
 
     path: Path
@@ -30,7 +34,7 @@ class Dataset(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the dataset file's bytes in hexadecimal, computed on first use."""
+        """Hash of the dataset's content in hexadecimal."""
         ...
 
     def __len__(self) -> int: ...
@@ -42,53 +46,111 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class DataFormat(Protocol):
-    """How one kind of dataset file is recognised and opened. A Dataset class with a `recognises` classmethod is one."""
+    """How one kind of storage is recognised and opened."""
 
     def recognises(self, path: Path, head: bytes) -> bool:
-        """Whether a file that starts with `head` (no byte-order mark, no leading white space) is of this format."""
+        """Whether `path` is of this format.
+
+        `head`: the first bytes of a regular file (no byte-order mark, no leading white space); empty for a folder, and
+        for a path where nothing is, which may be a name in some other place.
+        """
         ...
 
-    def __call__(self, path: Path, image_root: Path, *, max_pixels: int, follow_links: bool) -> Dataset:
-        """Read the file. Raises DataError that says where it is malformed."""
+    def __call__(
+        self,
+        path: Path,
+        image_root: Path | None,
+        *,
+        max_pixels: int,
+        follow_links: bool,
+        columns: Columns,
+        layout: str | None,
+    ) -> Dataset:
+        """Open it. `layout`: a name in `records.LAYOUTS` that the user insists on.
+
+        Raises DataError that says where it is malformed, ConfigError for columns that are not there.
+        """
         ...
 
 
-FORMATS: Registry[DataFormat] = Registry("data format", {"llava": "visgain.data.llava:LlavaDataset"})
+FORMATS: Registry[DataFormat] = Registry(
+    "data format",
+    {
+        "json": "visgain.data.jsontext:JSON",
+        "csv": "visgain.data.csvtext:CSV",
+    },
+)
+ORDER: tuple[str, ...] = ("json", "csv")
+"""In which formats are asked; those of other packages come first, because they are more special."""
 
 
 def open_dataset(
-    path: Path, image_root: Path | None = None, *, max_pixels: int = 100_000_000, follow_links: bool = False
+    path: Path,
+    image_root: Path | None = None,
+    *,
+    max_pixels: int = 100_000_000,
+    follow_links: bool = False,
+    columns: str | Mapping[str, str] | None = None,
+    format: str | None = None,  # noqa: A002 - as the flag is called
 ) -> Dataset:
-    """The dataset in the file `path`, its images relative to `image_root` (by default the file's own folder).
+    """The dataset at `path`, its images relative to `image_root` (by default the folder of the file).
 
-    Raises DataError when the file or the image folder is missing, unreadable, empty, malformed or of no known format.
+    `columns`: names that sniffing cannot know, as in `--columns` (see `records.KEYS`). `format`: a name in FORMATS or
+    `records.LAYOUTS`, instead of sniffing. Raises DataError when the dataset or the image folder is missing,
+    unreadable, empty, malformed or of no known format, ConfigError when an option is wrong.
     """
     head = _head(path)
-    if not head:
-        raise DataError(f"{path} holds no rows: the file is empty")
-    image_root = path.parent if image_root is None else image_root
-    if not image_root.is_dir():
+    if image_root is not None and not image_root.is_dir():
         raise DataError(f"image folder {image_root} does not exist or is not a folder; check --image-root")
-    for name in FORMATS.names():
+    storage, layout = _wanted(format)
+    data_format = FORMATS.get(storage) if storage else _recognised(path, head)
+    return data_format(
+        path,
+        image_root,
+        max_pixels=max_pixels,
+        follow_links=follow_links,
+        columns=Columns.of(columns),
+        layout=layout,
+    )
+
+
+def _wanted(name: str | None) -> tuple[str | None, str | None]:
+    """What `--format` insists on: a format or a layout."""
+    if name is None or name in LAYOUTS.names():
+        return None, name
+    if name not in FORMATS.names():
+        known = [*FORMATS.names(), *LAYOUTS.names()]
+        raise UnknownName(f"unknown data format {name!r}; {suggest(name, known)}")
+    return name, None
+
+
+def _recognised(path: Path, head: bytes) -> DataFormat:
+    for name in (*(name for name in FORMATS.names() if name not in ORDER), *ORDER):
         data_format = FORMATS.get(name)
         if data_format.recognises(path, head):
-            return data_format(path, image_root, max_pixels=max_pixels, follow_links=follow_links)
+            return data_format
+    known = ", ".join(FORMATS.names())
+    if path.is_dir():
+        raise DataError(f"{path} is a folder that holds no dataset in a known format ({known})")
+    if not path.exists():
+        raise DataError(f"dataset {path} does not exist; check --data")
     raise DataError(
-        f"{path} is in no known data format ({', '.join(FORMATS.names())}); "
-        "a LLaVA dataset is UTF-8 text, either one JSON list of rows or one JSON object a line"
+        f"{path} is in no known data format ({known}); rows are read e.g. from UTF-8 text that is one JSON list or has "
+        "one JSON object a line, from .csv and .tsv"
     )
 
 
 def _head(path: Path) -> bytes:
-    """The first bytes of a regular file from its first sign on; empty where there is none."""
+    """The first bytes of a regular file from its first sign on; empty where there is no file."""
     try:
-        if path.is_dir():
-            raise DataError(f"{path} is a folder; --data takes the dataset file inside it")
-        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-            raise DataError(f"{path} is not a regular file; --data takes a dataset file")
+        if path.is_dir() or not path.exists():
+            return b""
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise DataError(f"{path} is not a regular file; --data takes a dataset file or folder")
         with path.open("rb") as file:
-            return file.read(_SNIFFED_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
-    except FileNotFoundError:
-        raise DataError(f"dataset {path} does not exist; check --data") from None
+            head = file.read(_SNIFFED_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read dataset {path}: {error}") from error
+    if not head:
+        raise DataError(f"{path} holds no rows: the file is empty")
+    return head

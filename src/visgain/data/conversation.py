@@ -86,7 +86,8 @@ def _mark_images(turns: tuple[Turn, ...], n_images: int) -> tuple[Turn, ...]:
     if n_marks:
         raise Unusable(f"the row has {n_images} images but its text holds {IMAGE_MARK} {n_marks} times")
     first, *rest = turns
-    return (Turn(role="user", text=f"{IMAGE_MARK}\n" * n_images + first.text), *rest)
+    lines = [IMAGE_MARK] * n_images + [first.text] * bool(first.text)
+    return (Turn(role="user", text="\n".join(lines)), *rest)
 
 
 def id_text(value: Any, row: int) -> str:

@@ -1,0 +1,270 @@
+"""Rows in JSON: one list of them, or one a line, in one file or in all files of a folder.
+
+A file is parsed once, in pieces, to see that it is sound and where its rows begin; then each row when it is asked for.
+A row that is itself a list of turns is taken for its `messages`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from visgain.data.index import MAX_FIELDS, IndexedFile, Pieces, RowIndex, place
+from visgain.data.records import Columns, RecordDataset
+from visgain.errors import DataError
+
+KIND = "json-1"
+"""Name and version of the index."""
+
+_BOM = codecs.BOM_UTF8.decode("latin-1")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_decode = json.JSONDecoder().raw_decode
+_MAX_OBJECT = 64 << 20
+_CUT_NEAR = 16
+"""An error so near to the end of a piece may only mean that the rest is in the next: no literal or escape is longer."""
+
+
+class JsonRows:
+    """The rows of one JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = IndexedFile(path, KIND, build_index)
+
+    @property
+    def path(self) -> Path:
+        return self._file.path
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return self._file.index.fields
+
+    @property
+    def fingerprint(self) -> str:
+        return self._file.index.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __getitem__(self, row: int, /) -> Any:
+        try:
+            record, _ = _decode(self._file[row].decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise self._file.changed() from error
+        return {"messages": record} if _is_talk(record) else record
+
+
+class JsonFormat:
+    """JSON files, and folders of them."""
+
+    def recognises(self, path: Path, head: bytes) -> bool:
+        """Whether the content begins like a JSON list or object; names lie too often to be asked."""
+        return head.startswith((b"[", b"{"))
+
+    def __call__(
+        self,
+        path: Path,
+        image_root: Path | None,
+        *,
+        max_pixels: int,
+        follow_links: bool,
+        columns: Columns,
+        layout: str | None,
+    ) -> RecordDataset:
+        return RecordDataset(
+            JsonRows(path),
+            path.parent if image_root is None else image_root,
+            layout=layout,
+            columns=columns,
+            max_pixels=max_pixels,
+            follow_links=follow_links,
+        )
+
+
+JSON = JsonFormat()
+
+
+# ---------------------------------------------------------------- finding the rows
+
+
+def build_index(path: Path) -> RowIndex:
+    """Parse the whole file. Raises DataError that says where it is malformed, or if it holds no rows."""
+    if _Window(path).sign() != "[":
+        return _index(path, _rows_of_lines)
+    try:
+        return _index(path, _rows_of_list)
+    except _ListsInLines:
+        return _index(path, _rows_of_lines)
+
+
+def _index(path: Path, find_rows: Callable[[_Window], Iterator[tuple[int, Any]]]) -> RowIndex:
+    window = _Window(path)
+    starts, fields = array("q"), set[str]()
+    for start, row in find_rows(window):
+        starts.append(start)
+        if isinstance(row, dict):
+            if len(fields) < MAX_FIELDS:
+                fields.update(row)
+        elif _is_talk(row):
+            fields.add("messages")
+    if not starts:
+        raise DataError(f"{path} holds no rows: its list is empty")
+    if find_rows is _rows_of_lines and len(starts) == 1 and path.suffix == ".json":
+        raise _single_object(path)
+    return RowIndex.of(starts, window.position, fields, window.fingerprint)
+
+
+def _is_talk(row: Any) -> bool:
+    return (
+        isinstance(row, list) and len(row) > 0 and isinstance(row[0], dict) and ("role" in row[0] or "from" in row[0])
+    )
+
+
+class _ListsInLines(Exception):
+    """The file begins with a list, and goes on behind it with another."""
+
+
+def _rows_of_list(window: _Window) -> Iterator[tuple[int, Any]]:
+    """Position in bytes and content of each element of the list that the file is."""
+    sign = window.sign()  # the bracket
+    while sign != "]":
+        window.at += 1
+        if window.sign() == "]" and sign == "[":
+            break
+        yield window.position, window.value()
+        if (sign := window.sign()) not in (",", "]"):
+            raise window.wrong("Expecting ',' delimiter", window.at)
+    window.at += 1
+    if sign := window.sign():
+        raise _ListsInLines if sign == "[" else window.wrong("Extra data", window.at)
+
+
+def _rows_of_lines(window: _Window) -> Iterator[tuple[int, Any]]:
+    """Position in bytes and content of each line that is not blank."""
+    n_rows = 0
+    while (end := window.line_end()) is not None:
+        text, start = window.text, _skip_space(window.text, window.at)
+        if start < end:
+            try:
+                row, stop = _decode(text, start)
+            except (ValueError, RecursionError):
+                stop = end + 1
+            if stop > end or _skip_space(text, stop) < end:
+                if not n_rows and _is_one_value(window.path):
+                    raise _single_object(window.path)
+                raise window.wrong_line(start, end)
+            window.at, n_rows = start, n_rows + 1
+            yield window.position, row
+        window.at = min(end + 1, len(text))
+
+
+class _Window:
+    """A piece of the file around `at`, the place that is read: it moves on, and grows for rows that are larger."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pieces = Pieces(path)
+        self._coming = iter(self._pieces)
+        self._begin = 0  # where in the file the text begins
+        self.text = next(self._coming, "")
+        self.at = 3 if self.text.startswith(_BOM) else 0
+        self._is_last = False
+
+    @property
+    def position(self) -> int:
+        return self._begin + self.at
+
+    @property
+    def fingerprint(self) -> str:
+        return self._pieces.fingerprint
+
+    def sign(self) -> str:
+        """The next character that is no white space, where `at` is then; empty at the end of the file."""
+        self.at = _skip_space(self.text, self.at)
+        while self.at == len(self.text) and self._grow():
+            self.at = _skip_space(self.text, self.at)
+        return self.text[self.at : self.at + 1]
+
+    def value(self) -> Any:
+        """The JSON value that begins at `at`, which is moved behind it. Raises DataError."""
+        while True:
+            try:
+                value, end = _decode(self.text, self.at)
+                if end < len(self.text) or not self._grow():  # else a number may go on
+                    self.at = end
+                    return value
+            except json.JSONDecodeError as error:
+                near_end = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - _CUT_NEAR
+                if not (near_end and self._grow()):
+                    raise self.wrong(error.msg, error.pos) from None
+            except (ValueError, RecursionError) as error:  # e.g. a number of more than 4,300 digits
+                raise self.wrong(_reason(error), self.at) from None
+
+    def line_end(self) -> int | None:
+        """Where the line that begins at `at` ends; None at the end of the file."""
+        while (end := self.text.find("\n", self.at)) < 0:
+            if not self._grow():
+                return len(self.text) if self.at < len(self.text) else None
+        return end
+
+    def wrong_line(self, start: int, end: int) -> DataError:
+        """Why the text from `start` to `end` is no JSON value."""
+        line = self.text[start:end]
+        try:
+            _, stop = _decode(line)
+        except json.JSONDecodeError as error:
+            return self.wrong(error.msg, start + error.pos, of=end)
+        except (ValueError, RecursionError) as error:
+            return self.wrong(_reason(error), start)
+        return self.wrong("Extra data", start + _skip_space(line, stop))
+
+    def wrong(self, message: str, at: int, of: int | None = None) -> DataError:
+        """The error for what is wrong at `at`. `of`: where the text ends that should be sound [default: here]."""
+        end = len(self.text) if of is None else of
+        is_cut = message.startswith("Unterminated string") or _skip_space(self.text, at) >= end
+        remedy = "the end is missing, so copy or download the file again" if is_cut else "mend the file there"
+        return DataError(f"{self.path} is not valid JSON: {message} at {place(self.path, self._begin + at)}; {remedy}")
+
+    def _grow(self) -> bool:
+        """Let go of what was read, and read on, as much again as is left. False at the end of the file."""
+        kept = [self.text[self.at :]]
+        length = wanted = len(kept[0])
+        while length <= wanted and (piece := next(self._coming, "")):
+            kept.append(piece)
+            length += len(piece)
+        if len(kept) == 1:
+            return False
+        self._begin += self.at
+        self.text, self.at = "".join(kept), 0
+        return True
+
+
+def _skip_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _reason(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _is_one_value(path: Path) -> bool:
+    """Whether the file is one JSON value, as far as it is small enough to be tried."""
+    if path.stat().st_size > _MAX_OBJECT:
+        return False
+    try:
+        json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _single_object(path: Path) -> DataError:
+    return DataError(
+        f"{path} holds one JSON object, not a list of rows; write the rows as one list [...], "
+        "or one row a line in a .jsonl file"
+    )
