@@ -18,6 +18,7 @@ import visgain
 from visgain.config import (
     CheckConfig,
     DemoConfig,
+    EvalConfig,
     ReportConfig,
     ScoreConfig,
     SelectConfig,
