@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from visgain import config as configs
-from visgain.storage import SCORE_SCHEMA, SELECTION_SCHEMA
+from visgain.storage import PER_IMAGE_SCHEMA, SELECTION_SCHEMA
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 VERBS = {
     "demo": configs.DemoConfig,
+    "check": configs.CheckConfig,
     "score": configs.ScoreConfig,
     "select": configs.SelectConfig,
     "train": configs.TrainConfig,
@@ -66,7 +67,7 @@ def test_every_flag_mentioned_in_prose_exists(page: Path) -> None:
 def test_every_column_is_documented_and_every_documented_column_exists() -> None:
     text = (ROOT / "docs/schema.md").read_text()
     table = {name.strip() for row in re.findall(r"^\| ([a-z_, ]+) \| ", text, re.M) for name in row.split(",")}
-    assert table - {"column"} == set(SCORE_SCHEMA.names)
+    assert table - {"column"} == set(PER_IMAGE_SCHEMA.names)
     assert all(f"`{name}`" in text for name in SELECTION_SCHEMA.names)
 
 

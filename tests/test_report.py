@@ -175,6 +175,16 @@ def test_every_kind_of_counterfactual_can_be_drawn_again(tmp_path, counterfactua
     assert first == report(tmp_path, "b.html", samples=4).read_bytes()
 
 
+def test_each_of_several_pictures_says_what_the_answer_gains_by_it(run, tmp_path):
+    write_scores(tmp_path / "each" / "scores", run / "data" / "data.json", per_image=True)
+    shown = text_of(report(tmp_path / "each"))
+    assert "1 +0.101 blind 2 +0.202 blind" in shown
+    assert " 1 +0.10" not in shown.replace("1 +0.101 blind", ""), "of one picture its sample's gain is enough"
+    assert "gains by it alone" in shown
+    assert "gains by it alone" not in text_of(report(run))
+    assert "1 blind" in text_of(report(run))
+
+
 def test_no_samples_asked_none_shown(run):
     assert "Highest gain" not in text_of(report(run, samples=0))
 

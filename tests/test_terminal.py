@@ -59,6 +59,13 @@ def test_texts_are_not_markup(run):
     assert "2 images" in text
 
 
+def test_a_row_of_several_images_says_what_each_gains(tmp_path):
+    write_scores(tmp_path / "scores", write_dataset(tmp_path / "data"), per_image=True)
+    assert "gain per image  image 1 +0.100 · image 2 +0.200 nats" in shown(tmp_path, TWO_IMAGES)
+    for row in (0, TEXT_ONLY, SKIPPED):
+        assert "gain per image" not in shown(tmp_path, row)
+
+
 def test_control_characters_cannot_reach_the_terminal():
     assert printable("a\x1b[31mb\r\nc\td\u202ee\u3000f") == "a�[31mb�\nc\td�e\u3000f"
 

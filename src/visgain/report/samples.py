@@ -173,6 +173,7 @@ class Picture:
     blind: str
     problem: str = ""
     aspect: float = 1.0  # width over height
+    gain: float | None = None  # nats, of this picture among several
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,21 +240,23 @@ def draw_card(
         n_tokens=len(tokens.gain),
         n_active=None if mask is None else int(mask.sum()),
         truncated=tokens.truncated,
-        pictures=tuple(_pictures(sample, blinder)),
+        pictures=tuple(_pictures(sample, blinder, tokens.image_gain)),
         n_more_pictures=max(0, len(sample.images) - MOST_PICTURES),
         exchanges=exchanges[:OPEN_ANSWERS],
         more=exchanges[OPEN_ANSWERS:],
     )
 
 
-def _pictures(sample: Sample, blinder: Blinder) -> Iterator[Picture]:
-    for reference in sample.images[:MOST_PICTURES]:
+def _pictures(sample: Sample, blinder: Blinder, image_gain: Sequence[float]) -> Iterator[Picture]:
+    """The first ones; `image_gain`: of each picture, or of none."""
+    for number, reference in enumerate(sample.images[:MOST_PICTURES]):
         try:
             image = reference.open()
             yield Picture(
                 seen=data_uri(image),
                 blind=data_uri(blinder.blind(image, sample.row)),
                 aspect=image.width / image.height,
+                gain=image_gain[number] if len(image_gain) > 1 else None,
             )
         except ImageError as error:
             yield Picture(seen="", blind="", problem=str(error))

@@ -12,16 +12,17 @@ import pyarrow as pa
 from jaxtyping import Bool, Float32, Int32
 from tqdm import tqdm
 
-from visgain.data import Dataset, open_dataset
+from visgain.data import Dataset, is_there, open_dataset
 from visgain.errors import DataError, StorageError
 from visgain.storage import (
-    SCORE_SCHEMA,
+    PER_IMAGE_SCHEMA,
     find_rows,
     finished_parts,
     flat_values,
     list_lengths,
     part_path,
     read_json,
+    score_schema,
     selection_errors,
 )
 from visgain.types import Sample
@@ -29,7 +30,7 @@ from visgain.types import Sample
 UNNAMED = "(no source)"
 
 TOKEN_COLUMNS = ("row", "fingerprint", "truncated", "turn", "char_start", "char_end", "nll_seen", "nll_blind")
-"""What `row_tokens` needs of a score table."""
+"""What `row_tokens` needs of a score table; of runs that have it, it also takes `image_gain`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class RowTokens:
     chars: Int32[np.ndarray, "A 2"]
     seen: Float32[np.ndarray, " A"]  # nats
     blind: Float32[np.ndarray, " A"]
+    image_gain: tuple[float, ...] = ()  # nats, of each image; empty where it was not measured
 
     @property
     def gain(self) -> Float32[np.ndarray, " A"]:
@@ -61,17 +63,21 @@ def read_run(folder: Path) -> Mapping[str, Any]:
     return record
 
 
-def read_rows(folder: Path, rows: np.ndarray, columns: Sequence[str] = TOKEN_COLUMNS) -> pa.Table:
-    """Columns of the asked rows that are there, tokens included, sorted by row. The run may be unfinished.
+def read_rows(folder: Path, rows: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of the asked rows that are there, by default what `row_tokens` takes, sorted by row.
 
-    Reads in full only where one of the rows lies. Raises StorageError if nothing is scored yet or a part is damaged.
+    The run may be unfinished. Reads in full only where one of the rows lies. Raises StorageError if nothing is scored
+    yet or a part is damaged.
     """
-    count = read_run(folder)["n_parts"]
+    run = read_run(folder)
+    count = run["n_parts"]
+    if columns is None:
+        columns = [*TOKEN_COLUMNS, *({"image_gain"} & set(score_schema(run).names))]
     paths = [part_path(folder, index, count) for index in sorted(finished_parts(folder, count))]
     if not paths:
         raise StorageError(f"{folder} holds no finished part yet; wait for `visgain score`, or run it again")
     wanted = np.asarray(rows, dtype=np.int64)
-    schema = pa.schema([SCORE_SCHEMA.field(name) for name in columns])
+    schema = pa.schema([PER_IMAGE_SCHEMA.field(name) for name in columns])
     found = [schema.empty_table()]
     try:
         for path in tqdm(paths, desc="finding rows", unit="part", delay=2, mininterval=0.5):
@@ -90,8 +96,10 @@ def row_tokens(table: pa.Table) -> Iterator[RowTokens]:
     )
     chars = np.stack([start, end], axis=1)
     heads = zip(*(table.column(name).to_pylist() for name in ("row", "fingerprint", "truncated")), strict=True)
+    measured = "image_gain" in table.column_names
+    image_gains = table.column("image_gain").to_pylist() if measured else [()] * len(table)
     first = 0
-    for (row, fingerprint, truncated), last in zip(heads, ends.tolist(), strict=True):
+    for (row, fingerprint, truncated), image_gain, last in zip(heads, image_gains, ends.tolist(), strict=True):
         here = slice(first, last)
         yield RowTokens(
             row=row,
@@ -101,6 +109,7 @@ def row_tokens(table: pa.Table) -> Iterator[RowTokens]:
             chars=chars[here],
             seen=seen[here],
             blind=blind[here],
+            image_gain=tuple(image_gain),
         )
         first = last
 
@@ -120,11 +129,11 @@ def read_masks(folder: Path, rows: np.ndarray) -> dict[int, np.ndarray]:
 def data_path(run: Mapping[str, Any], moved_to: Path | None) -> Path | None:
     """Where the scored dataset is: None if it is gone. Raises DataError if it is not where the user says."""
     if moved_to is not None:
-        if not moved_to.exists():
+        if not is_there(moved_to):
             raise DataError(f"the dataset {moved_to} does not exist; check --data")
         return moved_to
     recorded = run.get("data")
-    return Path(recorded) if recorded and Path(recorded).exists() else None
+    return Path(recorded) if recorded and is_there(Path(recorded)) else None
 
 
 def open_scored(run: Mapping[str, Any], data: Path, image_root: Path | None) -> Dataset:
@@ -137,6 +146,8 @@ def open_scored(run: Mapping[str, Any], data: Path, image_root: Path | None) -> 
         image_root,
         max_pixels=int(run.get("max_pixels", 100_000_000)),
         follow_links=bool(run.get("follow_links", False)),
+        columns=run.get("columns"),
+        format=run.get("format"),
     )
 
 

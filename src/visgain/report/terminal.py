@@ -31,7 +31,7 @@ from visgain.report.source import (
     scored_sample,
 )
 from visgain.report.words import END_OF_TURN, visible
-from visgain.storage import SCORE_SCHEMA
+from visgain.storage import score_schema
 from visgain.types import Sample
 
 TABLE_ROWS = 8
@@ -50,7 +50,7 @@ def show(row: int, config: ShowConfig, console: Console | None = None) -> None:
     console = console or Console()
     run = read_run(config.scores)
     there = 0 <= row < run.get("n_rows", row + 1)
-    table = read_rows(config.scores, np.array([row]), SCORE_SCHEMA.names) if there else None
+    table = read_rows(config.scores, np.array([row]), score_schema(run).names) if there else None
     if table is None or len(table) == 0:
         raise DataError(_unknown_row(row, run))
     score = table.to_pylist()[0]
@@ -64,6 +64,8 @@ def show(row: int, config: ShowConfig, console: Console | None = None) -> None:
         console.print(Text("text-only: without an image there is nothing to compare, so it has no scores"))
         _print_turns(console, sample, _bare(table), limit=1.0)
         return
+    if len(tokens.image_gain) > 1:
+        console.print(image_gains(tokens.image_gain))
     limit = colour_limit(tokens.gain)
     _print_turns(console, sample, tokens, limit)
     if console.color_system is not None and not console.no_color:
@@ -114,6 +116,12 @@ def header(score: Mapping[str, Any]) -> Text:
         facts.append("cut at the end")
     gain = "" if score["gain"] is None else f"  gain {signed(score['gain'], 3)} nats"
     return Text.assemble((f"row {score['row']}{gain}", "bold"), "  ", (printable(" · ".join(facts)), "dim"))
+
+
+def image_gains(gains: Sequence[float]) -> Text:
+    """One line: the gain of each image, numbered as in the text below."""
+    shown = " · ".join(f"image {number} {signed(gain, 3)}" for number, gain in enumerate(gains, start=1))
+    return Text(f"gain per image  {shown} nats")
 
 
 def _print_turns(console: Console, sample: Sample, tokens: RowTokens, limit: float) -> None:
