@@ -17,7 +17,8 @@ from visgain.data import open_dataset
 from visgain.errors import EncodingError, ModelError
 from visgain.types import Sample, Turn
 from visgain.vlm.batch import pad_batch
-from visgain.vlm.encode import ChatEncoder, Encoder, align_expansion, chat_messages, without_end_of_turn
+from visgain.vlm.chat import chat_messages
+from visgain.vlm.encode import Encoder, align_expansion, without_end_of_turn
 from visgain.vlm.frozen import FrozenEncoder, pad_to_square
 from visgain.vlm.load import VLM, load_vlm
 from visgain.vlm.profiles import images_first
@@ -233,18 +234,6 @@ def test_auto_prefers_the_profile_to_a_chat_template_without_end_of_turn(blank_m
     vlm.processor.chat_template = vlm.processor.chat_template.replace("{{ eos_token }}", " ")
     assert make_encoder(vlm).name == "llava-1.5"
     assert make_encoder(vlm, "chat").name == "chat"
-
-
-def test_a_template_that_rewrites_earlier_turns_and_marks_nothing_is_refused(llava_next: VLM) -> None:
-    encoder = make_encoder(llava_next)
-    assert isinstance(encoder, ChatEncoder)
-    rewriting = CHATML.replace("<|im_start|>{{", "{{ messages | length }}<|im_start|>{{")
-    llava_next.processor.chat_template = rewriting
-    try:
-        with pytest.raises(ModelError, match="rewrites earlier turns"):
-            encode(make_encoder(llava_next), make_sample("<image>\nWhat?", "No."))
-    finally:
-        llava_next.processor.chat_template = CHATML
 
 
 def test_a_model_without_template_and_profile_is_refused_with_the_flag_that_helps(llava_next: VLM) -> None:

@@ -2,10 +2,10 @@
 
 An encoder is a template (how a conversation is written) and an image preparation. Two kinds:
 
-- `ChatEncoder` writes with the processor's own chat template. Answer spans come from the template's generation marks,
-  else from rendering each prefix of the conversation and checking that it is a prefix; they are spans of *text*, mapped
-  to tokens by character offsets.
-- `FrozenEncoder` (`visgain.vlm.frozen`) writes as a published recipe did, which no chat template reproduces.
+- `ChatEncoder` writes with the processor's own chat template, which also tells where the answers stand in the text
+  (`visgain.vlm.chat`); the tokenizer's character offsets map that to tokens.
+- `FrozenEncoder` (`visgain.vlm.frozen`) writes as a published recipe did, which no chat template reproduces;
+  `visgain.vlm.completion` is for processors that know no chat.
 
 Every encoder keeps one contract, checked by the tests for every family: the answer tokens of a sample, decoded in
 order, are its answers, each with its end-of-turn.
@@ -14,8 +14,7 @@ order, are its answers, each with its end-of-turn.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,12 +23,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL.Image import Image
 from transformers import ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from visgain.errors import EncodingError, ModelError
+from visgain.errors import EncodingError
 from visgain.types import IMAGE_MARK, Encoded, Sample, Turn
-
-Span = tuple[int, int]
+from visgain.vlm.chat import Answer, ChatTemplate, Span, token_text
 
 
 @runtime_checkable
@@ -66,75 +63,29 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatEncoder:
-    """Any processor that has a chat template."""
+    """Any processor, with its chat template or another."""
 
     processor: ProcessorMixin
+    template: ChatTemplate
     image_token_id: int
     max_length: int = 2048
     name: str = "chat"
 
     def encode(self, sample: Sample, images: Sequence[Image]) -> Encoded:
-        text, spans = self._render(sample.turns)
+        refuse_image_tokens(sample.turns, self._placeholders)
+        text, answers = self.template.write(sample.turns)
         ids, offsets, model_inputs = self._tokenize(text, images)
-        is_answer, turn, chars = _answer_tokens(text, spans, offsets, sample.answers)
+        is_answer, turn, chars = answer_tokens(answers, offsets, sample.answers)
         return finish(ids, is_answer, turn, chars, self.image_token_id, self.max_length, model_inputs)
 
     def encode_all(self, samples: Sequence[Sample], images: Sequence[Image]) -> list[Encoded | EncodingError]:
-        with _pictures_once(self.processor):
+        with pictures_once(self.processor):
             return [error_as_value(self.encode, sample, images) for sample in samples]
 
     def prompt(self, turns: Sequence[Turn], images: Sequence[Image]) -> Encoded:
-        text = self._render_text(chat_messages(turns), add_generation_prompt=True)
-        ids, _, model_inputs = self._tokenize(text, images)
+        refuse_image_tokens(turns, self._placeholders)
+        ids, _, model_inputs = self._tokenize(self.template.write_prompt(turns), images)
         return prompt_only(ids, self.image_token_id, model_inputs)
-
-    @cached_property
-    def marks_generation(self) -> bool:
-        """Whether the chat template says itself which text the assistant generates."""
-        return re.search(r"{%-?\s*generation\s*-?%}", self.processor.chat_template or "") is not None
-
-    def ends_turns(self) -> bool:
-        """Whether an answer's span goes on after its text, that is, whether the end of the turn is supervised."""
-        answer = "probe"
-        turns = (Turn(role="user", text="question"), Turn(role="assistant", text=answer))
-        text, spans = self._render(turns)
-        return text[slice(*spans[0])].partition(answer)[2].strip() != ""
-
-    def _render(self, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
-        messages = chat_messages(turns)
-        if not self.marks_generation:
-            return self._render_prefixes(messages)
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.processor.chat_template,
-            return_assistant_tokens_mask=True,
-            **self.processor.tokenizer.special_tokens_map,
-        )
-        return texts[0], list(spans[0])
-
-    def _render_prefixes(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
-        """Answer spans of a template without generation marks: what each assistant message adds to the text."""
-        text, spans = self._render_text(messages), []
-        for number, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self._render_text(messages[:number], add_generation_prompt=True)
-                after = self._render_text(messages[: number + 1])
-                if not (after.startswith(before) and text.startswith(after.rstrip())):
-                    raise ModelError(
-                        f"the chat template of {self.processor.__class__.__name__} rewrites earlier turns and marks no "
-                        "generation, so answers cannot be located; add {% generation %} marks to it"
-                    )
-                spans.append((len(before), min(len(after), len(text))))
-        return text, spans
-
-    def _render_text(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        texts, _ = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.processor.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            **self.processor.tokenizer.special_tokens_map,
-        )
-        return str(texts[0])
 
     def _tokenize(self, text: str, images: Sequence[Image]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """Ids with images expanded, each id's character span in `text` (images: their placeholder), other inputs."""
@@ -142,47 +93,61 @@ class ChatEncoder:
         # A template that writes BOS itself must not get a second one.
         bos = tokenizer.bos_token
         special = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-        if not images:
-            plain = tokenizer(text, return_offsets_mapping=True, **special)
-            return np.asarray(plain["input_ids"]), np.asarray(plain["offset_mapping"]).reshape(-1, 2), {}
-        inputs = dict(self.processor(text=[text], images=list(images), return_tensors="pt", **special))
-        expanded = inputs.pop("input_ids")[0].numpy()
-        inputs.pop("attention_mask", None)
         plain = tokenizer(text, return_offsets_mapping=True, **special)
-        offsets = align_expansion(
-            np.asarray(plain["input_ids"]),
-            np.asarray(plain["offset_mapping"]).reshape(-1, 2),
-            expanded,
-            self._placeholder_ids,
-        )
-        return expanded, offsets, inputs
+        ids, offsets = np.asarray(plain["input_ids"], dtype=np.int64), token_spans(plain["offset_mapping"], text)
+        if not images:
+            return ids, offsets, {}
+        inputs = processed(self.processor, text, images, **special)
+        expanded = inputs.pop("input_ids")[0].numpy()
+        placeholders = {int(tokenizer.convert_tokens_to_ids(token)) for token in self._placeholders}
+        return expanded, align_expansion(ids, offsets, expanded, placeholders), inputs
 
     @cached_property
-    def _placeholder_ids(self) -> set[int]:
-        """Ids that stand for a whole image in the text before the processor expands them."""
-        tokenizer = self.processor.tokenizer
-        names = (getattr(self.processor, name, None) for name in ("image_token", "boi_token"))
-        return {int(tokenizer.convert_tokens_to_ids(name)) for name in names if isinstance(name, str)}
+    def _placeholders(self) -> set[str]:
+        """Tokens that stand for a picture in the text before the processor expands them, or after."""
+        names = (token_text(getattr(self.processor, name, None)) for name in ("image_token", "boi_token"))
+        return {self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id), *filter(None, names)}
 
 
-def chat_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as chat messages whose content is a list of image and text parts, in the order they stand in the text.
+def refuse_image_tokens(turns: Sequence[Turn], tokens: Collection[str]) -> None:
+    """Raises EncodingError if a text holds what the model would take for a picture, image marks apart."""
+    for number, turn in enumerate(turns):
+        text = turn.text.replace(IMAGE_MARK, "") if turn.role == "user" else turn.text
+        for token in tokens:
+            if token in text:
+                raise EncodingError(f"turn {number} contains {token!r}, which this model takes for a picture")
 
-    The line break that LLaVA's data puts between an image mark and the text is the template's business: it is dropped.
+
+def processed(processor: ProcessorMixin, text: str, images: Sequence[Image], **options: Any) -> dict[str, Any]:
+    """What `processor` makes of a text and its pictures, in tensors, less the attention mask.
+
+    Most take pictures as a list, some as one list a text. Raises EncodingError with the processor's own reason if it
+    takes neither.
     """
-    return [{"role": turn.role, "content": list(_content(turn))} for turn in turns]
+    refusals = []
+    for given in (list(images), [list(images)]) if images else (None,):
+        try:
+            inputs = dict(processor(text=[text], images=given, return_tensors="pt", **options))
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError) as error:
+            refusals.append(str(error).strip() or type(error).__name__)
+        else:
+            inputs.pop("attention_mask", None)
+            return inputs
+    raise EncodingError(f"{type(processor).__name__} does not take this row: {refusals[0].splitlines()[0]}")
 
 
-def _content(turn: Turn) -> Iterator[dict[str, str]]:
-    pieces = turn.text.split(IMAGE_MARK) if turn.role == "user" else [turn.text]
-    for number, piece in enumerate(pieces):
-        if number > 0:
-            yield {"type": "image"}
-            piece = piece.removeprefix("\n")
-        if number < len(pieces) - 1:
-            piece = piece.removesuffix("\n")
-        if piece or len(pieces) == 1:
-            yield {"type": "text", "text": piece}
+def token_spans(offsets: Sequence[Span], text: str) -> np.ndarray:
+    """[T, 2]: `offsets` of the tokens in `text`, with the spaces that the tokenizer trimmed given back.
+
+    GPT-2's tokenizer and its heirs leave out the space that a token begins with, and give a lone one no width.
+    """
+    spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    reached = 0
+    for number, (start, stop) in enumerate(spans.tolist()):
+        if reached < start and not text[reached:start].strip(" "):
+            spans[number, 0] = reached
+        reached = max(reached, stop)
+    return spans
 
 
 def align_expansion(plain: np.ndarray, offsets: np.ndarray, expanded: np.ndarray, placeholders: set[int]) -> np.ndarray:
@@ -217,7 +182,7 @@ def _find(ids: np.ndarray, segment: np.ndarray, start: int, *, at_end: bool) -> 
 
 
 @contextmanager
-def _pictures_once(processor: ProcessorMixin) -> Iterator[None]:
+def pictures_once(processor: ProcessorMixin) -> Iterator[None]:
     """Let `processor` prepare the same pictures only once in this block."""
     real = processor.image_processor
     processor.image_processor = _Remembering(real)
@@ -269,25 +234,25 @@ def error_as_value(encode: Callable[..., Encoded], *args: Any) -> Encoded | Enco
         return error
 
 
-def _answer_tokens(
-    text: str, spans: Sequence[Span], offsets: np.ndarray, answers: Sequence[str]
+def answer_tokens(
+    answers: Sequence[Answer], offsets: np.ndarray, texts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which tokens are answer tokens, of which turn, and where in the answer: bool [T], int32 [A], int32 [A, 2]."""
-    if len(spans) != len(answers):
-        raise EncodingError(f"the template wrote {len(spans)} answers where the sample has {len(answers)}")
+    """Which tokens are answer tokens, of which turn, and where in the answer: bool [T], int32 [A], int32 [A, 2].
+
+    `texts`: the answers as the dataset has them, to which character spans are relative.
+    """
     is_answer = np.zeros(len(offsets), dtype=bool)
-    turns, chars = [], []
-    for number, ((start, stop), answer) in enumerate(zip(spans, answers, strict=True)):
-        first = text.find(answer.strip(), start, stop)
-        if first < 0:
-            raise EncodingError(f"the template changed answer {number}, so its tokens cannot be located")
-        first -= len(answer) - len(answer.lstrip())
+    turns, chars = [np.zeros(0, dtype=np.int32)], [np.zeros((0, 2), dtype=np.int32)]
+    for number, (answer, text) in enumerate(zip(answers, texts, strict=True)):
         # A token belongs to the answer if any of its characters does: many tokenizers join a word with the space before
-        # it, which the template may have put outside the span. Zero-width tokens do not.
-        inside = (offsets[:, 1] > start) & (offsets[:, 0] < stop) & (offsets[:, 1] > offsets[:, 0])
+        # it, which the template may have put outside the span. Zero-width tokens do not, nor those that begin after the
+        # text and reach into the next turn.
+        inside = (offsets[:, 1] > answer.start) & (offsets[:, 0] < answer.stop) & (offsets[:, 1] > offsets[:, 0])
+        inside &= (offsets[:, 0] < answer.first + len(text.rstrip())) | (offsets[:, 1] <= answer.stop)
+        inside &= ~is_answer
         is_answer |= inside
         turns.append(np.full(int(inside.sum()), number, dtype=np.int32))
-        chars.append(np.clip(offsets[inside] - first, 0, len(answer)).astype(np.int32))
+        chars.append(np.clip(offsets[inside] - answer.first, 0, len(text)).astype(np.int32))
     return is_answer, np.concatenate(turns), np.concatenate(chars)
 
 
