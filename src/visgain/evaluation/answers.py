@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from visgain.errors import DataError
 from visgain.evaluation.benchmark import Question
@@ -34,6 +34,16 @@ class Answer:
     def line(self) -> str:
         fields = {"benchmark": self.benchmark, "split": self.split, "id": self.id, "prediction": self.prediction}
         return json.dumps({**fields, "meta": dict(self.meta)}, ensure_ascii=False) + "\n"
+
+
+class Keyed(Protocol):
+    """What belongs to a question."""
+
+    @property
+    def key(self) -> tuple[str, str]: ...
+
+
+K = TypeVar("K", bound=Keyed)
 
 
 def read_answers(path: Path, benchmark: str, *, cut_last: bool = False) -> list[Answer]:
@@ -74,7 +84,7 @@ def _answer(path: Path, number: int, line: str, benchmark: str) -> Answer:
     return Answer(benchmark=benchmark, split=split, id=str(fields["id"]), prediction=said, meta=meta)
 
 
-def joined(questions: Sequence[Question], answers: Iterable[Answer], what: str = "answers") -> list[Answer]:
+def joined(questions: Sequence[Question], answers: Iterable[K], what: str = "answers") -> list[K]:
     """The answer to each question, in their order. Raises DataError with a list if any is missing, extra or twice."""
     answers = list(answers)
     found = {answer.key: answer for answer in answers}

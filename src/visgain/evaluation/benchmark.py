@@ -106,7 +106,7 @@ class JudgedBenchmark(Benchmark, Protocol):
         ...
 
 
-BENCHMARKS: Registry[Benchmark] = Registry(
+BENCHMARKS: Registry[Callable[[], Benchmark]] = Registry(
     "benchmark",
     {
         "llava_bench_wild": "visgain.evaluation.llava_bench:LlavaBench",

@@ -1,0 +1,420 @@
+"""The stage `judge`: each answer goes to a language model (or to recorded reviews), each reply to judgements.jsonl.
+
+A reply is kept on disk the moment it comes, under everything that it depends on. So an interrupted run asks only what
+it has not asked, and the same command gives the same judgements. `judgements.jsonl` itself is written when all are
+there: one line for each question and run, `{benchmark, split, id, run, judgement, attempts, meta}`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from tqdm import tqdm
+
+from visgain.data.cache import cache_folder
+from visgain.errors import ConfigError, DataError, JudgeError
+from visgain.evaluation.answers import joined
+from visgain.evaluation.benchmark import JudgedBenchmark, JudgeRequest, Question
+from visgain.evaluation.endpoint import Address, Chat, Endpoint, Reply
+from visgain.evaluation.judge_prompt import read_prompt
+from visgain.evaluation.records import Record, read_records
+from visgain.storage import atomic_path, storage_errors
+
+READABLE = 98
+"""Percent of a judge's replies that must be readable for a score to mean something."""
+
+ATTEMPTS, WARMER = 5, 0.5
+"""How often one question is asked until its reply can be read, and by how much the temperature grows each time. The
+first repetition, whose wording is another one, keeps the temperature (as MM-Vet's code does)."""
+
+_BYTES_PER_TOKEN = 4  # of UTF-8, roughly, for the estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """Who judges, how often, how fast, and where replies are kept."""
+
+    judge: str  # MODEL@URL, or files of recorded reviews with commas between, one or more runs each
+    runs: int = 1
+    prompt: Path | None = None  # the user's wording
+    concurrency: int = 8
+    per_minute: float | None = None  # requests
+    timeout: float = 120.0  # seconds for one reply
+    price: str = ""  # US dollars for a million tokens in and out, as 2.5,10
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("runs", "concurrency", "per_minute", "timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"--judge-{name.replace('_', '-')} is {value}; it must be positive")
+        self.prices  # noqa: B018 (a wrong price is told now)
+
+    @property
+    def prices(self) -> tuple[float, float] | None:
+        """Dollars for a token in and out; None where the user does not say. Raises ConfigError."""
+        if not self.price:
+            return None
+        try:
+            into, out = (float(part) / 1e6 for part in self.price.split(","))
+        except ValueError:
+            into = out = -1.0
+        if not (0 <= into < float("inf") and 0 <= out < float("inf")):
+            raise ConfigError(f"--judge-price is {self.price!r}; write dollars for a million tokens in and out: 2.5,10")
+        return into, out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What the judge said about one answer in one run."""
+
+    benchmark: str
+    split: str
+    id: str
+    run: int  # from 1
+    judgement: str
+    attempts: int = 1  # requests until the reply could be read, or patience was over
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.split, self.id
+
+    def line(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a run will ask at least: repetitions of unreadable replies come on top."""
+
+    calls: int
+    known: int  # replies that are on disk already
+    tokens_in: int  # estimated from the length of the texts
+    tokens_out: int | None  # at most; None where the benchmark sets no limit
+    prices: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        out = "any number" if self.tokens_out is None else f"at most {self.tokens_out:,}"
+        told = f"{self.calls:,} requests ({self.known:,} more are known), about {self.tokens_in:,} tokens in, {out} out"
+        if self.prices is None:
+            return f"{told}; with --judge-price IN,OUT also the price"
+        least = self.tokens_in * self.prices[0]
+        most = "more" if self.tokens_out is None else f"{least + self.tokens_out * self.prices[1]:.2f}"
+        return f"{told}, {least:.2f} to {most} US dollars"
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def judge_answers(
+    benchmark: JudgedBenchmark, questions: Sequence[Question], predictions: Sequence[str], options: JudgeOptions
+) -> list[Judgement]:
+    """Every run's judgement of the prediction for each question, run after run, questions in their order.
+
+    Raises ConfigError or DataError before anything is asked, JudgeError if the judge fails; what it said until then is
+    kept and not asked again.
+    """
+    address = Address.of(options.judge)
+    if address is None:
+        return replayed(benchmark, questions, predictions, _files(options.judge))
+    prompt = None if options.prompt is None else read_prompt(options.prompt)
+    requests = [benchmark.request(q, said, prompt) for q, said in zip(questions, predictions, strict=True)]
+    endpoint = Endpoint(address, per_minute=options.per_minute, timeout=options.timeout)
+    judge = CachedJudge(endpoint, options.cache or cache_folder() / "judge")
+    told = f"visgain: {benchmark.name} goes to {address}: {estimated(requests, judge, options)}"
+    tqdm.write(told, file=sys.stderr)
+
+    replies = dict(_asked(benchmark, requests, judge, options))
+    named = {"judge": str(address), "prompt": "visgain" if prompt is None else f"user's, {_hash(prompt)}"}
+    return [
+        Judgement(
+            benchmark=benchmark.name,
+            split=question.split,
+            id=question.id,
+            run=run,
+            judgement=reply.text,
+            attempts=attempts,
+            meta=named | _about(reply) | {"answer": _hash(said)},
+        )
+        for run in range(1, options.runs + 1)
+        for i, (question, said) in enumerate(zip(questions, predictions, strict=True))
+        for reply, attempts in [replies[i, run]]
+    ]
+
+
+def replayed(
+    benchmark: JudgedBenchmark, questions: Sequence[Question], predictions: Sequence[str], paths: Sequence[Path]
+) -> list[Judgement]:
+    """Recorded judgements, in our format or the benchmark's own; runs are counted on from file to file."""
+    found: list[Judgement] = []
+    for path in paths:
+        runs = max((judgement.run for judgement in found), default=0)
+        found += _recorded(benchmark, questions, path, runs)
+    by_run = _by_run(questions, predictions, found, ", ".join(map(str, paths)))
+    return [judgement for judgements in by_run for judgement in judgements]
+
+
+def judged(
+    questions: Sequence[Question], predictions: Sequence[str], judgements: Sequence[Judgement]
+) -> list[tuple[str, ...]]:
+    """What was said about each prediction, in the order of the runs: `Item.judgements`.
+
+    Raises DataError if a judgement is missing, there twice, of no question, or of another answer than the prediction.
+    """
+    by_run = _by_run(questions, predictions, judgements, "the file")
+    return [tuple(judgement.judgement for judgement in runs) for runs in zip(*by_run, strict=True)]
+
+
+def require_readable(unparsed: int, replies: int) -> None:
+    """Raises JudgeError if so many of a judge's replies could not be read that a score would mislead."""
+    if unparsed * 100 > replies * (100 - READABLE):
+        raise JudgeError(
+            f"{unparsed} of the judge's {replies} replies hold no grade that the protocol can read, more than "
+            f"{100 - READABLE} %; look at them in judgements.jsonl, take another judge or --judge-prompt, or --force"
+        )
+
+
+def summary(judgements: Sequence[Judgement]) -> dict[str, Any]:
+    """For metrics.json: who judged with which words, how many runs, and what it took."""
+
+    def counted(name: str) -> dict[str, int]:
+        return dict(Counter(str(one.meta[name]) for one in judgements if one.meta.get(name)))
+
+    return {
+        "judge": " + ".join(counted("judge")),
+        "models": counted("model"),
+        "prompt": " + ".join(counted("prompt")),
+        "runs": max((one.run for one in judgements), default=0),
+        "requests": sum(one.attempts for one in judgements),
+        "finish": counted("finish"),
+        "changed": counted("changed"),
+    }
+
+
+# ---------------------------------------------------------------- asking
+
+
+class CachedJudge:
+    """An endpoint whose replies are kept in files, each under a hash of all that it depends on."""
+
+    def __init__(self, endpoint: Endpoint, folder: Path) -> None:
+        self.endpoint = endpoint
+        self._folder = folder
+
+    def known(self, chat: Chat, run: int, attempt: int) -> Reply | None:
+        """The reply that is on disk, if there is one."""
+        wanted = self._request(chat, run, attempt)
+        try:
+            kept = json.loads(self._path(wanted).read_bytes())
+            if kept["request"] == wanted:
+                return Reply(**{**kept["reply"], "changed": tuple(kept["reply"]["changed"])})
+        except (OSError, ValueError, LookupError, TypeError):
+            pass  # not there, or damaged: it is asked again
+        return None
+
+    def reply(self, chat: Chat, run: int, attempt: int) -> Reply:
+        """The reply on disk, else the endpoint's, which is on disk then. Raises as `Endpoint.complete`."""
+        kept = self.known(chat, run, attempt)
+        if kept is not None:
+            return kept
+        reply = self.endpoint.complete(chat)
+        wanted = self._request(chat, run, attempt)
+        path = self._path(wanted)
+        content = json.dumps({"request": wanted, "reply": asdict(reply)})
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+            try:
+                temporary.write_text(content, encoding="ascii")
+                _first_wins(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return self.known(chat, run, attempt) or reply  # of two processes that asked, both go on with the same
+
+    def _request(self, chat: Chat, run: int, attempt: int) -> dict[str, Any]:
+        address = self.endpoint.address
+        return {"url": address.url, "run": run, "attempt": attempt, "body": chat.body(address.model)}
+
+    def _path(self, request: Mapping[str, Any]) -> Path:
+        name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        return self._folder / name[:2] / f"{name}.json"
+
+
+def estimated(requests: Sequence[JudgeRequest], judge: CachedJudge, options: JudgeOptions) -> Cost:
+    """What `requests` will cost in all runs."""
+    chats = [_chat(request, 0) for request in requests]
+    new = [chat for run in range(1, options.runs + 1) for chat in chats if judge.known(chat, run, 0) is None]
+    size = sum(len(content.encode("utf-8", "replace")) for chat in new for _, content in chat.messages)
+    lengths = [chat.max_tokens for chat in new]
+    return Cost(
+        calls=len(new),
+        known=len(chats) * options.runs - len(new),
+        tokens_in=-(-size // _BYTES_PER_TOKEN),
+        tokens_out=None if None in lengths else sum(length or 0 for length in lengths),
+        prices=options.prices,
+    )
+
+
+def _asked(
+    benchmark: JudgedBenchmark, requests: Sequence[JudgeRequest], judge: CachedJudge, options: JudgeOptions
+) -> Iterator[tuple[tuple[int, int], tuple[Reply, int]]]:
+    """((position, run), (reply, attempts)) as they come. The first failure ends all; what is under way is kept."""
+    tasks = [(i, run) for run in range(1, options.runs + 1) for i in range(len(requests))]
+    pool = ThreadPoolExecutor(options.concurrency, thread_name_prefix="judge")
+    try:
+        futures = {pool.submit(_readable, benchmark, requests[i], judge, run): (i, run) for i, run in tasks}
+        done = tqdm(as_completed(futures), total=len(tasks), desc=f"judging {benchmark.name}", unit="reply")
+        for future in done:
+            yield futures[future], future.result()
+    finally:
+        judge.endpoint.stop()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _readable(benchmark: JudgedBenchmark, request: JudgeRequest, judge: CachedJudge, run: int) -> tuple[Reply, int]:
+    """The first reply that can be read, else the last one; and how many there were."""
+    attempts = 1 if request.retry is None else ATTEMPTS
+    for attempt in range(attempts):
+        reply = judge.reply(_chat(request, attempt), run, attempt)
+        if benchmark.is_readable(reply.text):
+            break
+    return reply, attempt + 1
+
+
+def _chat(request: JudgeRequest, attempt: int) -> Chat:
+    user = request.user if attempt == 0 or request.retry is None else request.retry
+    system = [("system", request.system)] if request.system else []
+    return Chat(
+        messages=(*system, ("user", user)),
+        temperature=request.temperature + WARMER * max(0, attempt - 1),
+        max_tokens=request.max_tokens,
+    )
+
+
+def _first_wins(temporary: Path, path: Path) -> None:
+    """Put `temporary` under the name `path`, unless there is something that can be read already."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            temporary.replace(path)
+    except OSError:  # a file system without hard links
+        temporary.replace(path)
+
+
+def _about(reply: Reply) -> dict[str, Any]:
+    about = {"model": reply.model, "finish": reply.finish, "changed": ", ".join(reply.changed)}
+    return {name: value for name, value in about.items() if value} | {"tokens": [reply.tokens_in, reply.tokens_out]}
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_judgements(path: Path, judgements: Sequence[Judgement]) -> None:
+    """Write all of them, or nothing. Raises StorageError."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(judgement.line() for judgement in judgements)
+
+
+def read_judgements(path: Path, benchmark: str) -> list[Judgement]:
+    """The judgements in a file of ours. Raises DataError that names the line if one is malformed."""
+    return [_judgement(record, benchmark) for record in read_records(path)]
+
+
+def _judgement(record: Record, benchmark: str) -> Judgement:
+    fields = {"split": "", "run": 1, "attempts": 1, "meta": {}, "benchmark": benchmark, **record.fields}
+    if fields["benchmark"] != benchmark:
+        raise record.wrong("benchmark", repr(benchmark))
+    for name in ("run", "attempts"):
+        if not isinstance(fields[name], int) or isinstance(fields[name], bool) or fields[name] < 1:
+            raise record.wrong(name, "a positive whole number")
+    if not isinstance(fields["split"], str):
+        raise record.wrong("split", "a string")
+    if not isinstance(fields["meta"], dict):
+        raise record.wrong("meta", "an object")
+    return Judgement(
+        benchmark=benchmark,
+        split=fields["split"],
+        id=record.id("id"),
+        run=fields["run"],
+        judgement=record.text("judgement"),
+        attempts=fields["attempts"],
+        meta=fields["meta"],
+    )
+
+
+def _files(text: str) -> list[Path]:
+    """The files of recorded reviews that --judge names. Raises ConfigError."""
+    paths = [Path(part.strip()) for part in text.split(",") if part.strip()]
+    if not paths or not all(path.is_file() for path in paths):
+        wrong = next((str(path) for path in paths if not path.is_file()), text)
+        raise ConfigError(
+            f"--judge: {wrong!r} is no file of recorded reviews, and no MODEL@URL such as "
+            "gpt-4o@https://api.openai.com/v1"
+        )
+    return paths
+
+
+def _recorded(benchmark: JudgedBenchmark, questions: Sequence[Question], path: Path, before: int) -> list[Judgement]:
+    """The judgements in one file; its runs are counted on from `before`."""
+    if _is_ours(path):
+        ours = read_judgements(path, benchmark.name)
+        return [Judgement(**{**_fields(one), "run": one.run + before}) for one in ours]
+    meta = {"judge": f"recorded in {path.name}"}
+    return [
+        Judgement(benchmark=benchmark.name, split=split, id=name, run=before + run, judgement=text, meta=meta)
+        for (split, name), texts in benchmark.reviews(path, questions).items()
+        for run, text in enumerate(texts, start=1)
+    ]
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the first line is a judgement as we write them."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        try:
+            first = json.loads(file.readline())
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(first, dict) and "judgement" in first
+
+
+def _fields(judgement: Judgement) -> dict[str, Any]:
+    return {name: getattr(judgement, name) for name in judgement.__dataclass_fields__}
+
+
+def _by_run(
+    questions: Sequence[Question], predictions: Sequence[str], judgements: Sequence[Judgement], where: str
+) -> list[list[Judgement]]:
+    """The judgements of each run in the order of `questions`. Raises DataError."""
+    runs = sorted({judgement.run for judgement in judgements})
+    if not runs:
+        raise DataError(f"{where} holds no judgements")
+    by_run = [
+        joined(questions, [one for one in judgements if one.run == run], f"judgements of run {run} in {where}")
+        for run in runs
+    ]
+    for ordered in by_run:
+        for judgement, said in zip(ordered, predictions, strict=True):
+            if judgement.meta.get("answer", _hash(said)) != _hash(said):
+                raise DataError(
+                    f"the judgement of {judgement.id} in {where} is of another answer than the one there is now; run "
+                    "the stage `judge` again"
+                )
+    return by_run
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
