@@ -71,7 +71,7 @@ class Models:
 
 def run_eval(config: EvalConfig) -> list[Result]:
     """Every benchmark that is asked for, through the stages that are asked for. Raises VisgainError for any mistake."""
-    benchmarks = [BENCHMARKS.get(name) for name in config.names]  # all names first: a typo must not cost a night
+    benchmarks = [BENCHMARKS.get(name)() for name in config.names]  # all names first: a typo must not cost a night
     asked = {benchmark.name: _questions(config, benchmark) for benchmark in benchmarks}
     variants = {benchmark.name: _variant(config, benchmark) for benchmark in benchmarks}
     models, results = Models(config), []
