@@ -25,13 +25,15 @@ from visgain.training.trainer import TrainSummary
 SURFACE = {
     "demo": "--out --rows --seed --steps --test-rows",
     "score": (
-        "--backend --batch-tokens --counterfactual --data --device --dtype --end-of-turn --follow-links --image-root "
+        "--backend --batch-tokens --columns --counterfactual --data --device --dtype --end-of-turn --follow-links --format "
+        "--image-root "
         "--limit --max-length --max-pixels --model --no-follow-links --no-per-image --no-trust-remote-code --out "
         "--part-rows --per-image --seed --template --trust-remote-code --way --workers"
     ),
     "select": "--by --end-of-turn --keep --keep-tokens --out --scores --seed --skipped --table",
     "train": (
-        "--batch-size --data --device --dtype --epochs --follow-links --image-root --learning-rate --lora-rank "
+        "--batch-size --columns --data --device --dtype --epochs --follow-links --format --image-root "
+        "--learning-rate --lora-rank "
         "--loss-reduction --max-length --max-pixels --max-steps --micro-batch --model --no-follow-links "
         "--no-trust-remote-code --out --parts --recipe --report-to --save-steps --seed --selection --template "
         "--trust-remote-code"
@@ -332,7 +334,8 @@ def test_list_names_what_can_be_chosen() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     named = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert {"blur", "mean", "noise", "none", "shuffle", "swap"} <= set(named["counterfactuals"].split(", "))
-    assert "llava" in named["data formats"].split(", ")
+    assert "json" in named["data formats"].split(", ")
+    assert "llava" in named["data layouts"].split(", ")
     assert {"tune", "align"} <= set(named["recipes"].split(", "))
     assert "llava-1.5" in named["templates"].split(", ")
 

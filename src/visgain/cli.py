@@ -166,15 +166,17 @@ def world(config: Annotated[WorldConfig, FLAT]) -> None:
 
 @app.command(name="list")
 def list_names() -> None:
-    """List counterfactuals, templates, data formats and recipes by name."""
+    """List counterfactuals, templates, data formats and layouts, and recipes by name."""
     from visgain.counterfactuals import COUNTERFACTUALS
     from visgain.data import FORMATS
+    from visgain.data.records import LAYOUTS
     from visgain.training.recipe import recipe_names
     from visgain.vlm.profiles import template_names
 
     for kind, names in (
         ("counterfactuals", COUNTERFACTUALS.names()),
         ("data formats", FORMATS.names()),
+        ("data layouts", LAYOUTS.names()),
         ("recipes", recipe_names()),
         ("templates", template_names()),
     ):

@@ -29,11 +29,15 @@ class ScoreConfig:
     model: str
     """Model folder or hub name; `embedded` is the small model that ships with visgain."""
     data: Path
-    """LLaVA-format dataset (.json or .jsonl)."""
+    """Dataset: a file, a folder, or a name on the hub."""
     out: Path
     """Folder for the scores; the same command resumes there."""
     image_root: Path | None = None
     """Folder that the dataset's image paths are relative to [default: the dataset's folder]."""
+    columns: str | None = None
+    """What the dataset's fields are called, as in messages=dialog,images=pictures [default: found by their names]."""
+    format: str | None = None
+    """Data format or layout of rows, by a name of `visgain list` [default: recognised]."""
     counterfactual: str = "blur"
     """What replaces the real image: blur, mean, noise, shuffle, swap or none, with options as in blur:sigma=0.2."""
     per_image: bool = False
@@ -163,6 +167,10 @@ class TrainConfig:
     """Folder that `visgain select` wrote; without it every answer token carries loss."""
     image_root: Path | None = None
     """Folder that the dataset's image paths are relative to [default: the dataset's folder]."""
+    columns: str | None = None
+    """What the dataset's fields are called, as in messages=dialog,images=pictures [default: as scored, or found]."""
+    format: str | None = None
+    """Data format or layout of rows, by a name of `visgain list` [default: as scored, or recognised]."""
     recipe: str = "tune"
     """Name of a recipe that ships with visgain, or a YAML file."""
     parts: tuple[Literal["vision", "projector", "language"], ...] | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from visgain.data.records import LAYOUTS, Columns
 from visgain.errors import DataError, UnknownName
@@ -76,11 +76,14 @@ class DataFormat(Protocol):
 FORMATS: Registry[DataFormat] = Registry(
     "data format",
     {
+        "table": "visgain.data.tablefiles:TABLE",
+        "webdataset": "visgain.data.webdataset:WEBDATASET",
         "json": "visgain.data.jsontext:JSON",
         "csv": "visgain.data.csvtext:CSV",
+        "hub": "visgain.data.hub:HUB",
     },
 )
-ORDER: tuple[str, ...] = ("json", "csv")
+ORDER: tuple[str, ...] = ("table", "webdataset", "json", "csv", "hub")
 """In which formats are asked; those of other packages come first, because they are more special."""
 
 
@@ -112,6 +115,17 @@ def open_dataset(
         columns=Columns.of(columns),
         layout=layout,
     )
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something to open: a file, a folder, or a name that a format knows to look up."""
+    return path.exists() or any(FORMATS.get(name).recognises(path, b"") for name in FORMATS.names())
+
+
+def reading(columns: str | Mapping[str, str] | None, format: str | None) -> dict[str, Any]:  # noqa: A002
+    """What of the user's words a run's identity holds: only what was said. The dataset's hash knows nothing of it."""
+    names = dict(Columns.of(columns).names)
+    return {**({"columns": names} if names else {}), **({"format": format} if format else {})}
 
 
 def _wanted(name: str | None) -> tuple[str | None, str | None]:

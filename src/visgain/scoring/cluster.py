@@ -200,7 +200,7 @@ def from_anywhere(config: ScoreConfig, needs: Resources) -> ScoreConfig:
         config,
         backend="local",
         model=model_name(config.model),
-        data=config.data.absolute(),
+        data=config.data.absolute() if config.data.exists() else config.data,  # else a name on the hub
         out=config.out.absolute(),
         image_root=config.image_root and config.image_root.absolute(),
         # Of all GPUs a worker sees the one that Ray gave it.

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import visgain
 from visgain.config import ScoreConfig
 from visgain.counterfactuals import Counterfactual, parse_counterfactual
-from visgain.data import Dataset, open_dataset
+from visgain.data import Dataset, open_dataset, reading
 from visgain.scoring.claims import Rank, alone, claim
 from visgain.scoring.draft import FILE as DRAFT_FILE
 from visgain.scoring.draft import compare_draft
@@ -281,7 +281,14 @@ def open_run(config: ScoreConfig) -> tuple[Scorer, Plan]:
 
 
 def _open_dataset(config: ScoreConfig) -> Dataset:
-    return open_dataset(config.data, config.image_root, max_pixels=config.max_pixels, follow_links=config.follow_links)
+    return open_dataset(
+        config.data,
+        config.image_root,
+        max_pixels=config.max_pixels,
+        follow_links=config.follow_links,
+        columns=config.columns,
+        format=config.format,
+    )
 
 
 def _source(config: ScoreConfig, dataset: Dataset, counterfactual: Counterfactual, vlm: VLM) -> Feed:
@@ -379,6 +386,7 @@ def _identity(config: ScoreConfig, source: Feed, vlm: VLM) -> dict[str, Any]:
         "max_pixels": config.max_pixels,
         "follow_links": config.follow_links,
         **({"per_image": True} if config.per_image else {}),  # older runs say nothing of it
+        **reading(config.columns, config.format),
     }
 
 
@@ -387,10 +395,11 @@ def _record_of(config: ScoreConfig, source: Feed, vlm: VLM, plan: Plan, way: str
     return {
         "n_rows": len(plan.row),
         "n_parts": plan.n_parts,
-        "data": str(dataset.path.resolve()),
+        "data": str(dataset.path.resolve() if dataset.path.exists() else dataset.path),
         "image_root": str(dataset.image_root.resolve()),
         "max_pixels": config.max_pixels,
         "follow_links": config.follow_links,
+        **reading(config.columns, config.format),
         "device": str(vlm.device),
         "way": way,
         "versions": {

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import SchedulerType
 
 from visgain.config import TrainConfig
-from visgain.data import open_dataset
+from visgain.data import open_dataset, reading
 from visgain.errors import ConfigError, DataError, StorageError
 from visgain.registry import suggest
 from visgain.storage import claim_run, file_hash, read_json, storage_errors, write_json
@@ -30,6 +30,7 @@ from visgain.training.recipe import Recipe, resolve_recipe
 from visgain.vlm.families import named_parts, part_modules
 from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name
 from visgain.vlm.logits import output_head
+from visgain.vlm.profiles import find_profile
 from visgain.vlm.profiles import find_profile
 from visgain.vlm.template import make_encoder
 
@@ -140,13 +141,21 @@ def run_train(config: TrainConfig) -> TrainSummary:
     """Train on the selected rows and tokens. Resumes from the last checkpoint in `config.out`; does nothing if done."""
     recipe = resolve_recipe(config)
     find_profile(config.template)  # a mistyped name is told before the model is loaded
+    scored = _scored_identity(config)
     dataset = open_dataset(
-        config.data, config.image_root, max_pixels=config.max_pixels, follow_links=config.follow_links
+        config.data,
+        config.image_root,
+        max_pixels=config.max_pixels,
+        follow_links=config.follow_links,
+        columns=config.columns or scored.get("columns"),
+        format=config.format or scored.get("format"),
     )
-    scored = _scored_identity(config, dataset.fingerprint)
+    if scored and scored["data_fingerprint"] != dataset.fingerprint:
+        raise DataError(f"{config.data} changed since it was scored (or is another dataset); score and select again")
     set_seed(config.seed)  # before the model: adapters are initialised at random
     vlm = load_vlm(config.model, device="cpu", trust_remote_code=config.trust_remote_code)
     encoder = make_encoder(vlm, config.template, config.max_length)
+    config = replace(config, max_length=encoder.max_length)
     config = replace(config, max_length=encoder.max_length)
     if scored and scored["template"] != encoder.name:
         raise ConfigError(f"the selection was scored with --template {scored['template']}, this is {encoder.name}")
@@ -284,13 +293,11 @@ def _last_checkpoint(out: Path) -> str | None:
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
-def _scored_identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
-    """What the selection says about the scores it was made from. Raises DataError if they were of another dataset."""
+def _scored_identity(config: TrainConfig) -> dict[str, Any]:
+    """What the selection says about the scores it was made from; nothing without a selection."""
     if config.selection is None:
         return {}
     identity: dict[str, Any] = read_json(config.selection / "selection.json", "selection")["identity"]
-    if identity["data_fingerprint"] != data_fingerprint:
-        raise DataError(f"{config.data} changed since it was scored (or is another dataset); score and select again")
     return identity
 
 
@@ -307,4 +314,5 @@ def _identity(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> dic
         "max_length": config.max_length,
         "seed": config.seed,
         "dtype": config.dtype,
+        **reading(config.columns, config.format),
     }
