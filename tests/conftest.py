@@ -20,6 +20,15 @@ from visgain.vlm.load import VLM, load_vlm  # noqa: E402
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """Recorded predictions with published scores."""
+    folder = SHARED / "fixtures"
+    if not folder.is_dir():
+        pytest.skip("the recorded predictions (../shared/fixtures) are not on this machine")
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Indexes of datasets are kept in a folder of the tests, and nothing is found there that they did not make."""

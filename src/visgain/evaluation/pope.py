@@ -1,7 +1,8 @@
 """POPE: is there such an object in the picture? Li et al. 2023, arXiv 2305.10355.
 
-Data: JSON lines `{question_id, image, text, label}`, one file a strategy (random, popular, adversarial) and set (MSCOCO,
-A-OKVQA, GQA); LLaVA's single file with a `category`; the hub's tables. `question_id` begins at 1 in each official file.
+Data: JSON lines `{question_id, image, text, label}`, one file a strategy (random, popular, adversarial) and set
+(MSCOCO, A-OKVQA, GQA); LLaVA's single file with a `category`; the hub's tables. `question_id` begins at 1 in each
+official file.
 
 Two MSCOCO releases are in use: 2023-08 (2,910 random questions, and "imange" for "image" after a vowel), and the one
 since 2023-11 (3,000). Scores of one are not comparable with scores of the other, so a result names what it saw.
@@ -21,7 +22,6 @@ import numpy as np
 from jaxtyping import Bool
 
 from visgain.data.images import ImageFile
-from visgain.errors import DataError
 from visgain.evaluation.benchmark import Item, Metric, Question, Scored, average, ratio
 from visgain.evaluation.hub import files, local_copy
 from visgain.evaluation.records import Record, field_named, read_records, unique
@@ -94,7 +94,7 @@ def cambrian(reply: str, label: str = "") -> str | None:
 
 
 def _without_punctuation(text: str) -> str:
-    """As the VQA evaluation does it: a mark with a space beside it anywhere vanishes everywhere, others become spaces."""
+    """As in VQA's evaluation: a mark with a space beside it somewhere vanishes everywhere, others become spaces."""
     has_thousands = re.search(r"\d,\d", text) is not None
     cleaned = text
     for mark in ';/[]"{}()=+\\_-><@`,?!':

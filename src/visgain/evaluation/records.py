@@ -101,6 +101,8 @@ def read_records(path: Path, *, inside: str | None = None) -> list[Record]:
         whole = _loaded(text)
     except ValueError as error:
         return _lines(path, text, error)
+    if isinstance(whole, dict) and suffix == ".jsonl":
+        return _lines(path, text, ValueError())  # one line, called so in messages
     if isinstance(whole, dict) and inside is not None and isinstance(whole.get(inside), list):
         whole = whole[inside]
     rows = whole if isinstance(whole, list) else [whole]
