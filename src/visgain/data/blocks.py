@@ -124,7 +124,7 @@ def _metadata(table: TableFile) -> pq.FileMetaData:
 
 
 @lru_cache(maxsize=1 << 14)
-def _starts(table: TableFile) -> Int64[np.ndarray, " blocks+1"]:
+def _starts(table: TableFile) -> Int64[np.ndarray, " starts"]:
     """The first row of each block, and the number of rows."""
     if _is_parquet(table):
         metadata = _metadata(table)

@@ -6,10 +6,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from visgain.data.conversation import Unusable, kind_of
-from visgain.data.records import Columns, Layout, Talk
+from visgain.data.records import MARKS, Columns, Layout, Talk
+from visgain.types import IMAGE_MARK
 
 _ABOUT_THE_TEXT = ("label", "question_id")
 """Beside these a text is a question, or may be a wrong caption: not to be taken for one unless the user says so."""
+
+_END = "<|__dj__eoc|>"
+"""With which Data-Juicer ends a text."""
 
 
 def _recognises(fields: Collection[str], columns: Columns) -> bool:
@@ -28,8 +32,18 @@ def _read(record: Mapping[str, Any], columns: Columns, n_images: int) -> Talk:
         raise Unusable(f"the caption is {kind_of(caption)}, not a string")
     if not n_images:
         raise Unusable("the row has a caption and no image")
+    caption = _without_marks(caption, columns)
     prompt = columns.value("prompt", record)
     return Talk(said=[("user", prompt if isinstance(prompt, str) else ""), ("assistant", caption)])
+
+
+def _without_marks(caption: str, columns: Columns) -> str:
+    """The caption without the image marks that it begins with, for there the images stand anyway."""
+    marks = (IMAGE_MARK, *MARKS, *([columns.names["mark"]] if "mark" in columns.names else []))
+    text = caption.removesuffix(_END).strip() if caption.endswith(_END) else caption
+    while mark := next((mark for mark in marks if text.lstrip().startswith(mark)), None):
+        text = text.lstrip().removeprefix(mark).lstrip()
+    return text
 
 
 CAPTIONS = Layout(recognises=_recognises, read=_read)

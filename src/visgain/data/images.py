@@ -41,6 +41,7 @@ _UPRIGHT = {
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 _SHOWN_CHARS = 200
 _HINT_BYTES = 4096
+Bytes = IO[bytes] | io.BytesIO
 _MAX_PIXEL_BYTES, _MAX_METADATA_BYTES = 16, 64 << 20
 """Far above what any of the formats needs; a guard against reading a film that is called a picture."""
 
@@ -126,7 +127,7 @@ class ImageSpan:
     def __repr__(self) -> str:
         return f"image {self.key}"  # part of the fingerprint of a row that cannot be scored, wherever it is kept
 
-    def _bytes(self) -> IO[bytes]:
+    def _bytes(self) -> io.BytesIO:
         require_plausible(self.name, self.size, self.max_pixels)
         with self.container.open("rb") as file:
             file.seek(self.offset)
@@ -154,7 +155,7 @@ def require_plausible(name: str, size: int, max_pixels: int) -> None:
         )
 
 
-def decode(name: str, source: Callable[[], IO[bytes]], max_pixels: int) -> Image.Image:
+def decode(name: str, source: Callable[[], Bytes], max_pixels: int) -> Image.Image:
     """The upright RGB picture in the bytes that `source` opens, without metadata; of an animation, the first frame.
 
     Raises ImageError with a reason of one line, and nothing else, whatever the name and the bytes are.
@@ -172,7 +173,7 @@ def decode(name: str, source: Callable[[], IO[bytes]], max_pixels: int) -> Image
         raise ImageError(f"cannot read image {shown}: {_one_line(why)}") from error
 
 
-def _decoded(shown: str, file: IO[bytes], max_pixels: int) -> Image.Image:
+def _decoded(shown: str, file: Bytes, max_pixels: int) -> Image.Image:
     image = _identify(file)
     if image is None:
         raise ImageError(f"image {shown} is empty, damaged or not one of {', '.join(FORMATS)}")
@@ -185,7 +186,7 @@ def _decoded(shown: str, file: IO[bytes], max_pixels: int) -> Image.Image:
     return rgb
 
 
-def _identify(file: IO[bytes]) -> Image.Image | None:
+def _identify(file: Bytes) -> Image.Image | None:
     """The picture in the file, its header read and its pixels not yet; None where no format recognises it.
 
     Stands in for `Image.open`, whose own limit of pixels is a global variable that warns before it refuses.

@@ -44,6 +44,13 @@ def base_of(path: Path) -> Path:
     return Path(before) if colon else path
 
 
+def whole(path: Path) -> Path:
+    """`path` as it reads from any folder."""
+    base = base_of(path)
+    rest = str(path)[len(str(base)) :] if base != Path() or path == Path() else f"/{path}"
+    return Path(f"{base.absolute()}{rest}")
+
+
 def find_parts(path: Path, suffixes: Sequence[str]) -> list[Path]:
     """The files with one of the `suffixes` that `path` (file, folder, pattern, or folder:part) stands for, in order.
 

@@ -31,7 +31,7 @@ from visgain.types import IMAGE_MARK, ImageRef, Sample, Skipped
 
 KEYS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations"),
-    "images": ("images", "image"),
+    "images": ("image_bytes", "images", "image"),
     "id": ("id",),
     "source": ("source", "data_source"),
     "prompt": ("query", "instruction", "question", "prompt"),
@@ -54,8 +54,8 @@ roles beside the usual ones, `mark` is what stands in the text where an image is
 
 _ROLES: tuple[Role, ...] = ("user", "assistant", "system")
 _NOT_FIELDS = ("role", "content", "user", "assistant", "system", "mark")
-MARKS = ("<ImageHere>", "<IMG_CONTEXT>")
-"""What stands for an image in the texts of XComposer and xtuner, where IMAGE_MARK does not."""
+MARKS = ("<ImageHere>", "<IMG_CONTEXT>", "<__dj__image>")
+"""What stands for an image in the texts of XComposer, xtuner and Data-Juicer, where IMAGE_MARK does not."""
 
 _INLINE = re.compile(r"<img>(.+?)</img>", re.DOTALL)
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
@@ -139,11 +139,12 @@ LAYOUTS: Registry[Layout] = Registry(
         "messages": "visgain.data.messages:MESSAGES",
         "llava": "visgain.data.llava:LLAVA",
         "pairs": "visgain.data.prompts:PAIRS",
+        "texts": "visgain.data.finevision:TEXTS",
         "prompts": "visgain.data.prompts:PROMPTS",
         "captions": "visgain.data.captions:CAPTIONS",
     },
 )
-ORDER = ("messages", "llava", "pairs", "prompts", "captions")
+ORDER = ("messages", "llava", "texts", "pairs", "prompts", "captions")
 """In which layouts are asked; those of other packages come first, because they are more special."""
 
 
@@ -295,7 +296,10 @@ class PathImages:
 
 
 class RecordDataset:
-    """Rows of a container, read by a layout. `open_image` is PathImages where it is not told."""
+    """Rows of a container, read by a layout. `open_image` is PathImages where it is not told.
+
+    `name`: the source of rows that say none; by default the file's or folder's.
+    """
 
     def __init__(
         self,
@@ -307,8 +311,10 @@ class RecordDataset:
         max_pixels: int,
         follow_links: bool,
         open_image: Callable[[Any], ImageRef] | None = None,
+        name: str | None = None,
     ) -> None:
         self.path = rows.path
+        self.name = rows.path.stem if name is None else name
         self.image_root = image_root
         self.rows = rows
         self.columns = columns
@@ -338,5 +344,5 @@ class RecordDataset:
             layout=self._layout,
             columns=self.columns,
             open_image=self._open_image,
-            name=self.path.stem,
+            name=self.name,
         )
