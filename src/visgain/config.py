@@ -362,7 +362,9 @@ class WorldConfig:
 
     out: Path
     """Folder for data.json, truth.jsonl and images/."""
-    split: Literal["easy", "align", "notes", "ask", "questions", "where", "everything", "train", "test"] = "train"
+    split: Literal["easy", "align", "notes", "ask", "questions", "where", "relate", "everything", "train", "test"] = (
+        "train"
+    )
     """train: follows the priors; test: breaks them; the others: no priors, for the embedded model."""
     rows: int = 2000
     """Conversations to draw."""

@@ -1,7 +1,7 @@
 """Rebuild the embedded model from nothing: `make embedded-model`, or `python -m visgain.world.rebuild --out FOLDER`.
 
-A curriculum of seven runs of the project's own `train`: one object to a picture, full scenes, notes, questions about
-one thing, everything, what came slowest, everything again.
+A curriculum of eight runs of the project's own `train`: one object to a picture, full scenes, notes, questions about
+one thing, everything, what came slowest (in two steps), everything again.
 Rerunning resumes. The trained model is FOLDER/everything; how good it is lands in FOLDER/quality.json.
 """
 
@@ -23,7 +23,7 @@ from visgain.world.model import build_blank
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    split: Literal["easy", "align", "notes", "ask", "questions", "where", "everything"]
+    split: Literal["easy", "align", "notes", "ask", "questions", "where", "relate", "everything"]
     rows: int
     recipe: str
 
@@ -35,6 +35,7 @@ STAGES = (
     Stage(split="ask", rows=32_000, recipe="embedded-ask"),
     Stage(split="questions", rows=76_800, recipe="embedded-questions"),
     Stage(split="where", rows=44_800, recipe="embedded-where"),
+    Stage(split="relate", rows=76_800, recipe="embedded-relate"),
     Stage(split="everything", rows=76_800, recipe="embedded-questions"),
 )
 
