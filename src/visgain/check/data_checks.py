@@ -58,7 +58,9 @@ def missing_pictures(scan: Scan) -> Finding | None:
         f"{share(len(scan.pictures.unusable), scan.pictures.n_looked_at)} pictures cannot be used",
         seen="; ".join(f"{text} ({len(found):,})" for text, found in kinds[:3]),
         rows=some(rows),
-        mend=f"most of them lie there: --image-root {root}" if root else "download them, or point --image-root at them",
+        mend=f"most of them lie there: --image-root {root}"
+        if root
+        else "point --image-root at the folder that their paths begin in, or download them",
     )
 
 
@@ -126,7 +128,7 @@ def same_pictures(scan: Scan) -> Finding | None:
     n_rows = sum(map(len, units))
     content = scan.pictures.content
     copies = len(content) - len(set(content.values()))
-    if n_rows - len(units) < 0.05 * n_rows and copies < 0.01 * len(content):
+    if n_rows == len(units) == 0 or (n_rows - len(units) < 0.05 * n_rows and copies < 0.01 * len(content)):
         return None
     more = f"; {count(copies, 'picture')} probably lie there twice under other names" if copies else ""
     return Finding(

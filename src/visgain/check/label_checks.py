@@ -15,6 +15,9 @@ from visgain.types import IMAGE_MARK
 MARK = re.compile(r"<[|｜][^<>]{1,40}[|｜]>|</?[A-Za-z][A-Za-z0-9_]{0,30}>")
 """What special tokens look like in nearly every template. Brackets as in [INST] are plain text to some models."""
 
+LEAVE_THEM = "mend them in the dataset, or leave them: they are listed in skipped.jsonl and nothing takes their place"
+ITS_OWN = "use the chat template and the processor that came with the model, or name another --template"
+
 LARGE = 4_000_000
 """Pixels of a picture beyond which decoding costs more than most models look at."""
 
@@ -35,7 +38,7 @@ def template_fails(facts: Reading) -> Finding | None:
         what=f"the model's template or processor fails on {where}",
         seen=shortened(told, 200),
         rows=some(read.sample.row for read in crashed),
-        mend="try another --template, and the processor that came with the model",
+        mend=ITS_OWN,
     )
 
 
@@ -52,7 +55,7 @@ def foreign_template(facts: Reading) -> Finding | None:
         what=f"the template {facts.encoder.name} writes special tokens that this tokenizer does not have: "
         "it was made for another model",
         seen=listed(sizes, 5),
-        mend="use the chat template that came with the model, or name another --template",
+        mend=ITS_OWN,
     )
 
 
@@ -242,7 +245,7 @@ def no_image_tokens(facts: Reading) -> Finding | None:
         what=f"{share(len(rows), len(seeing))} sampled rows with a picture have no image token: it would not be seen",
         seen=f"the template {facts.encoder.name} writes no {token}, which is this model's image token",
         rows=some(rows),
-        mend="use the chat template and the processor that came with the model, or name another --template",
+        mend=ITS_OWN,
     )
 
 
@@ -331,7 +334,7 @@ def skipped_rows(facts: Reading) -> Finding | None:
         what=f"{share(len(told), len(facts.rows))} sampled rows will be skipped when they are read",
         seen="; ".join(f"{text} ({len(rows):,})" for text, rows in kinds[:4]),
         rows=some(rows[0] for _, rows in kinds),
-        mend="mend them in the dataset, or leave them: they are listed in skipped.jsonl and nothing takes their place",
+        mend=LEAVE_THEM if len(told) < len(facts.rows) else f"{ITS_OWN}; if that changes nothing, mend the dataset",
     )
 
 

@@ -109,7 +109,7 @@ def measure(config: ScoreConfig, vlm: VLM, dataset: Dataset, reading: Reading) -
             pace = _forward_seconds(vlm, reading)
             chosen = Chosen(dataset, _rows(reading, pace))
             if not len(chosen):
-                return Measured(failure="none of the sampled rows can be scored")
+                return Measured()  # why is told of each row
             source = replace(run._source(config, dataset, counterfactual, vlm), dataset=chosen)
             plan = make_plan(chosen, len(chosen), part_rows=-(-len(chosen) // 2))
             wanted = list(WAYS) if config.way == "auto" else [config.way]

@@ -39,11 +39,15 @@ def run_check(config: CheckConfig) -> Checked:
     if dataset is None or seen is None or vlm is None or not seen.rows:
         return stages.end(config, seen, vlm)
     rows = sample_rows(seen, config.sample)
-    reading = stages.do("template", lambda: read(vlm, dataset, seen, rows, config.template, config.max_length))
+    reading = stages.do(
+        "template",
+        lambda: read(vlm, dataset, seen, rows, config.template, config.max_length),
+        mend=label_checks.ITS_OWN,
+    )
     if reading is None:
         return stages.end(config, seen, vlm)
     stages.found += findings(label_checks.CHECKS, reading)
-    if not any(one.images for one in seen.rows):
+    if not any(one.cut is not None and one.sample.images for one in reading.rows):
         return stages.end(config, seen, vlm, reading)
     measured = measure(config, vlm, dataset, reading)
     whole = estimate(config, vlm, reading, measured)
@@ -55,16 +59,16 @@ class _Stages:
     def __init__(self) -> None:
         self.found: list[Finding] = []
 
-    def do(self, name: str, stage: Callable[[], T]) -> T | None:
+    def do(self, name: str, stage: Callable[[], T], mend: str = "") -> T | None:
         """What `stage` returns, or None and a finding called `name` if it cannot be done."""
         try:
             return stage()
         except ConfigError:
             raise
         except VisgainError as error:
-            self.found.append(Finding(check=name, severity="error", what=str(error)))
+            self.found.append(Finding(check=name, severity="error", what=str(error), mend=mend))
         except Exception as error:  # files and models are other people's; told as what score would stop with
-            self.found.append(Finding(check=name, severity="error", what=told(error)))
+            self.found.append(Finding(check=name, severity="error", what=told(error), mend=mend))
         return None
 
     def end(

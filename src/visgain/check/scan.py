@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from visgain.data import Dataset
@@ -134,13 +135,9 @@ def outline(sample: Sample) -> Outline:
 
 def spread(n: int) -> Iterator[int]:
     """0 to n - 1, each once, in runs; any beginning of it is spread evenly over the whole."""
-    n_runs = math.ceil(n / RUN_ROWS)
-    step = max(1, round(n_runs * (math.sqrt(5) - 1) / 2))
-    while math.gcd(step, n_runs) > 1:
-        step += 1
-    for k in range(n_runs):
-        start = k * step % n_runs * RUN_ROWS
-        yield from range(start, min(start + RUN_ROWS, n))
+    places = np.arange(math.ceil(n / RUN_ROWS)) * (math.sqrt(5) - 1) / 2 % 1
+    for run in np.argsort(np.argsort(places)).tolist():
+        yield from range(run * RUN_ROWS, min((run + 1) * RUN_ROWS, n))
 
 
 def _until(rows: Iterator[int], seconds: float) -> Iterator[int]:

@@ -6,6 +6,7 @@ appended as plain text, so nothing in them is read as markup.
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -152,14 +153,17 @@ def whole(estimate: Estimate, measured: Measured | None) -> Table:
     table = _table()
     table.add_row(
         "tokens",
-        f"{_big(estimate.tokens)} ± {100 * estimate.margin:.1g} %, of which {_big(estimate.image_tokens)} image",
+        f"{_big(estimate.tokens)} ± {math.ceil(100 * estimate.margin)} %, of which {_big(estimate.image_tokens)} image",
     )
     table.add_row("answer tokens", _big(estimate.answer_tokens))
     if estimate.seconds is not None and measured is not None:
         low, likely, high = estimate.seconds
         each = f"{measured.way}, {measured.dtype}, {count(measured.workers, 'worker')}"
         table.add_row("score", f"{duration(likely)} ({duration(low)} to {duration(high)}) in one process here ({each})")
-        table.add_row("", f"{duration(likely / 8)} on 8 such machines or GPUs; processes on one CPU share its cores")
+        if likely > 600:
+            table.add_row(
+                "", f"{duration(likely / 8)} on 8 such machines or GPUs; processes on one CPU share its cores"
+            )
     if estimate.disk_bytes is not None:
         table.add_row("disk", f"{in_bytes(estimate.disk_bytes)}; {in_bytes(estimate.free_bytes)} free")
     if measured is not None and measured.n_tokens:
