@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64
 
+from visgain.errors import DataError
 from visgain.registry import Registry
 from visgain.types import ImageRef
 
@@ -106,6 +107,15 @@ class JudgedBenchmark(Benchmark, Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsAnswers(Protocol):
+    """A benchmark with an official file format for a model's answers."""
+
+    def answers(self, path: Path, questions: Sequence[Question]) -> dict[tuple[str, str], str]:
+        """The predictions in such a file by the questions' keys, as far as they are there. Raises DataError."""
+        ...
+
+
 BENCHMARKS: Registry[Callable[[], Benchmark]] = Registry(
     "benchmark",
     {
@@ -115,6 +125,16 @@ BENCHMARKS: Registry[Callable[[], Benchmark]] = Registry(
         "pope": "visgain.evaluation.pope:Pope",
     },
 )
+
+
+def judge_runs(items: Sequence[Item]) -> int:
+    """How many runs of a judge there are, the same number for each item. Raises DataError."""
+    runs = sorted({len(item.judgements) for item in items})
+    if runs in ([], [0]):
+        raise DataError("no judgements to score: run the stage `judge` first")
+    if len(runs) > 1:
+        raise DataError(f"some answers were judged {runs[0]} times and others {runs[-1]} times; judge all in each run")
+    return runs[0]
 
 
 def mean(values: Float64[np.ndarray, " n"] | Sequence[float], *, scale: float = 1.0) -> Metric:

@@ -51,3 +51,24 @@ def files(data: Path, is_wanted: Callable[[str], bool], what: str) -> list[Path]
     if not found:
         raise DataError(f"{data} {'holds' if data.exists() else 'does not exist: there is'} no {what}")
     return found
+
+
+def preferred(data: Path, patterns: Iterable[str], what: str) -> list[Path]:
+    """`data` itself if it is a file, else the files below it that match the first pattern for which there are any.
+
+    what: such files in words, for the message that there are none. Raises DataError.
+    """
+    if data.is_file():
+        return [data]
+    for pattern in patterns:
+        if found := sorted(path for path in data.rglob(pattern) if path.is_file()):
+            return found
+    raise DataError(f"{data} {'holds' if data.exists() else 'does not exist: there is'} no {what}")
+
+
+def image_folder(folder: Path, image_root: Path | None, name: str) -> Path:
+    """What image names are relative to: `image_root`, else where `name` is: in `images`, in `folder`, or beside it."""
+    if image_root is not None:
+        return image_root
+    usual = [folder / "images", folder, folder.parent]
+    return next((root for root in usual if (root / name).is_file()), usual[0])

@@ -1,8 +1,7 @@
 """The stage `judge`: each answer goes to a language model (or to recorded reviews), each reply to judgements.jsonl.
 
 A reply is kept on disk the moment it comes, under everything that it depends on. So an interrupted run asks only what
-it has not asked, and the same command gives the same judgements. `judgements.jsonl` itself is written when all are
-there: one line for each question and run, `{benchmark, split, id, run, judgement, attempts, meta}`.
+it has not asked, and the same command gives the same judgements.
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ import hashlib
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,16 +20,12 @@ from uuid import uuid4
 from tqdm import tqdm
 
 from visgain.data.cache import cache_folder
-from visgain.errors import ConfigError, DataError, JudgeError
-from visgain.evaluation.answers import joined
+from visgain.errors import ConfigError
 from visgain.evaluation.benchmark import JudgedBenchmark, JudgeRequest, Question
 from visgain.evaluation.endpoint import Address, Chat, Endpoint, Reply
 from visgain.evaluation.judge_prompt import read_prompt
-from visgain.evaluation.records import Record, read_records
-from visgain.storage import atomic_path, storage_errors
-
-READABLE = 98
-"""Percent of a judge's replies that must be readable for a score to mean something."""
+from visgain.evaluation.judgements import Judgement, replayed, short_hash
+from visgain.storage import storage_errors
 
 ATTEMPTS, WARMER = 5, 0.5
 """How often one question is asked until its reply can be read, and by how much the temperature grows each time. The
@@ -75,26 +69,6 @@ class JudgeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What the judge said about one answer in one run."""
-
-    benchmark: str
-    split: str
-    id: str
-    run: int  # from 1
-    judgement: str
-    attempts: int = 1  # requests until the reply could be read, or patience was over
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.split, self.id
-
-    def line(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Cost:
     """What a run will ask at least: repetitions of unreadable replies come on top."""
 
@@ -112,9 +86,6 @@ class Cost:
         least = self.tokens_in * self.prices[0]
         most = "more" if self.tokens_out is None else f"{least + self.tokens_out * self.prices[1]:.2f}"
         return f"{told}, {least:.2f} to {most} US dollars"
-
-
-# ---------------------------------------------------------------- the stage
 
 
 def judge_answers(
@@ -136,7 +107,7 @@ def judge_answers(
     tqdm.write(told, file=sys.stderr)
 
     replies = dict(_asked(benchmark, requests, judge, options))
-    named = {"judge": str(address), "prompt": "visgain" if prompt is None else f"user's, {_hash(prompt)}"}
+    named = {"judge": str(address), "prompt": "visgain" if prompt is None else f"user's, {short_hash(prompt)}"}
     return [
         Judgement(
             benchmark=benchmark.name,
@@ -145,7 +116,7 @@ def judge_answers(
             run=run,
             judgement=reply.text,
             attempts=attempts,
-            meta=named | _about(reply) | {"answer": _hash(said)},
+            meta=named | _about(reply) | {"answer": short_hash(said)},
         )
         for run in range(1, options.runs + 1)
         for i, (question, said) in enumerate(zip(questions, predictions, strict=True))
@@ -153,53 +124,16 @@ def judge_answers(
     ]
 
 
-def replayed(
-    benchmark: JudgedBenchmark, questions: Sequence[Question], predictions: Sequence[str], paths: Sequence[Path]
-) -> list[Judgement]:
-    """Recorded judgements, in our format or the benchmark's own; runs are counted on from file to file."""
-    found: list[Judgement] = []
-    for path in paths:
-        runs = max((judgement.run for judgement in found), default=0)
-        found += _recorded(benchmark, questions, path, runs)
-    by_run = _by_run(questions, predictions, found, ", ".join(map(str, paths)))
-    return [judgement for judgements in by_run for judgement in judgements]
-
-
-def judged(
-    questions: Sequence[Question], predictions: Sequence[str], judgements: Sequence[Judgement]
-) -> list[tuple[str, ...]]:
-    """What was said about each prediction, in the order of the runs: `Item.judgements`.
-
-    Raises DataError if a judgement is missing, there twice, of no question, or of another answer than the prediction.
-    """
-    by_run = _by_run(questions, predictions, judgements, "the file")
-    return [tuple(judgement.judgement for judgement in runs) for runs in zip(*by_run, strict=True)]
-
-
-def require_readable(unparsed: int, replies: int) -> None:
-    """Raises JudgeError if so many of a judge's replies could not be read that a score would mislead."""
-    if unparsed * 100 > replies * (100 - READABLE):
-        raise JudgeError(
-            f"{unparsed} of the judge's {replies} replies hold no grade that the protocol can read, more than "
-            f"{100 - READABLE} %; look at them in judgements.jsonl, take another judge or --judge-prompt, or --force"
+def _files(text: str) -> list[Path]:
+    """The files of recorded reviews that --judge names. Raises ConfigError."""
+    paths = [Path(part.strip()) for part in text.split(",") if part.strip()]
+    if not paths or not all(path.is_file() for path in paths):
+        wrong = next((repr(str(path)) for path in paths if not path.is_file()), repr(text))
+        raise ConfigError(
+            f"--judge: {'that URL without a model' if '://' in text else wrong} is no file of recorded reviews, and no "
+            "MODEL@URL such as gpt-4o@https://api.openai.com/v1"
         )
-
-
-def summary(judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """For metrics.json: who judged with which words, how many runs, and what it took."""
-
-    def counted(name: str) -> dict[str, int]:
-        return dict(Counter(str(one.meta[name]) for one in judgements if one.meta.get(name)))
-
-    return {
-        "judge": " + ".join(counted("judge")),
-        "models": counted("model"),
-        "prompt": " + ".join(counted("prompt")),
-        "runs": max((one.run for one in judgements), default=0),
-        "requests": sum(one.attempts for one in judgements),
-        "finish": counted("finish"),
-        "changed": counted("changed"),
-    }
+    return paths
 
 
 # ---------------------------------------------------------------- asking
@@ -318,103 +252,3 @@ def _first_wins(temporary: Path, path: Path) -> None:
 def _about(reply: Reply) -> dict[str, Any]:
     about = {"model": reply.model, "finish": reply.finish, "changed": ", ".join(reply.changed)}
     return {name: value for name, value in about.items() if value} | {"tokens": [reply.tokens_in, reply.tokens_out]}
-
-
-# ---------------------------------------------------------------- files
-
-
-def write_judgements(path: Path, judgements: Sequence[Judgement]) -> None:
-    """Write all of them, or nothing. Raises StorageError."""
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(judgement.line() for judgement in judgements)
-
-
-def read_judgements(path: Path, benchmark: str) -> list[Judgement]:
-    """The judgements in a file of ours. Raises DataError that names the line if one is malformed."""
-    return [_judgement(record, benchmark) for record in read_records(path)]
-
-
-def _judgement(record: Record, benchmark: str) -> Judgement:
-    fields = {"split": "", "run": 1, "attempts": 1, "meta": {}, "benchmark": benchmark, **record.fields}
-    if fields["benchmark"] != benchmark:
-        raise record.wrong("benchmark", repr(benchmark))
-    for name in ("run", "attempts"):
-        if not isinstance(fields[name], int) or isinstance(fields[name], bool) or fields[name] < 1:
-            raise record.wrong(name, "a positive whole number")
-    if not isinstance(fields["split"], str):
-        raise record.wrong("split", "a string")
-    if not isinstance(fields["meta"], dict):
-        raise record.wrong("meta", "an object")
-    return Judgement(
-        benchmark=benchmark,
-        split=fields["split"],
-        id=record.id("id"),
-        run=fields["run"],
-        judgement=record.text("judgement"),
-        attempts=fields["attempts"],
-        meta=fields["meta"],
-    )
-
-
-def _files(text: str) -> list[Path]:
-    """The files of recorded reviews that --judge names. Raises ConfigError."""
-    paths = [Path(part.strip()) for part in text.split(",") if part.strip()]
-    if not paths or not all(path.is_file() for path in paths):
-        wrong = next((str(path) for path in paths if not path.is_file()), text)
-        raise ConfigError(
-            f"--judge: {wrong!r} is no file of recorded reviews, and no MODEL@URL such as "
-            "gpt-4o@https://api.openai.com/v1"
-        )
-    return paths
-
-
-def _recorded(benchmark: JudgedBenchmark, questions: Sequence[Question], path: Path, before: int) -> list[Judgement]:
-    """The judgements in one file; its runs are counted on from `before`."""
-    if _is_ours(path):
-        ours = read_judgements(path, benchmark.name)
-        return [Judgement(**{**_fields(one), "run": one.run + before}) for one in ours]
-    meta = {"judge": f"recorded in {path.name}"}
-    return [
-        Judgement(benchmark=benchmark.name, split=split, id=name, run=before + run, judgement=text, meta=meta)
-        for (split, name), texts in benchmark.reviews(path, questions).items()
-        for run, text in enumerate(texts, start=1)
-    ]
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether the first line is a judgement as we write them."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        try:
-            first = json.loads(file.readline())
-        except (ValueError, RecursionError):
-            return False
-    return isinstance(first, dict) and "judgement" in first
-
-
-def _fields(judgement: Judgement) -> dict[str, Any]:
-    return {name: getattr(judgement, name) for name in judgement.__dataclass_fields__}
-
-
-def _by_run(
-    questions: Sequence[Question], predictions: Sequence[str], judgements: Sequence[Judgement], where: str
-) -> list[list[Judgement]]:
-    """The judgements of each run in the order of `questions`. Raises DataError."""
-    runs = sorted({judgement.run for judgement in judgements})
-    if not runs:
-        raise DataError(f"{where} holds no judgements")
-    by_run = [
-        joined(questions, [one for one in judgements if one.run == run], f"judgements of run {run} in {where}")
-        for run in runs
-    ]
-    for ordered in by_run:
-        for judgement, said in zip(ordered, predictions, strict=True):
-            if judgement.meta.get("answer", _hash(said)) != _hash(said):
-                raise DataError(
-                    f"the judgement of {judgement.id} in {where} is of another answer than the one there is now; run "
-                    "the stage `judge` again"
-                )
-    return by_run
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -226,3 +226,14 @@ def field_named(record: Record, names: Sequence[str]) -> str:
         near = suggest(names[0], map(str, record.fields)) if record.fields else "it is empty"
         raise DataError(f"{record.where} has no {' or '.join(map(repr, names))}; {near}")
     return found
+
+
+def by_id(records: Sequence[Record], name: str) -> dict[str, Record]:
+    """The records by the identifier in field `name`. Raises DataError if one is there twice."""
+    found: dict[str, Record] = {}
+    for record in records:
+        key = record.id(name)
+        if key in found:
+            raise DataError(f"{record.where}: the {name} {key!r} was there before, in {found[key].where}")
+        found[key] = record
+    return found
