@@ -36,9 +36,8 @@ class Answer:
     def covers(self, offsets: Int64[np.ndarray, "T 2"]) -> Bool[np.ndarray, " T"]:
         """Which tokens belong to it: a mark of the piece's beginning may have no width."""
         begin, end = offsets[:, 0], offsets[:, 1]
-        inside: np.ndarray = ((begin >= self.start) | (end > self.start)) & (begin < self.stop)
-        inside &= self.stop > self.start
-        return inside
+        inside = ((begin >= self.start) | (end > self.start)) & (begin < self.stop)
+        return np.asarray(inside & (self.start < self.stop))
 
     def chars(self, offsets: Int64[np.ndarray, "A 2"]) -> Int32[np.ndarray, "A 2"]:
         """Spans of its tokens in the sample's text. What follows the text has no width and stands at its end."""
