@@ -88,7 +88,7 @@ def _write(target: Path, index: RowIndex) -> None:
 
 def _read(path: Path, size: int) -> RowIndex | None:
     """The index in `path`, its positions mapped; None if it is damaged."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, EOFError, ValueError, KeyError, TypeError):
         starts = np.load(path, mmap_mode="r", allow_pickle=False)
         with path.open("rb") as file:
             file.seek(starts.offset + starts.nbytes)
@@ -147,17 +147,20 @@ class Pieces:
         self._read += len(piece)
 
 
+_CONTINUED = bytes(range(0x80, 0xC0))
+"""What follows the first byte of a character in UTF-8."""
+
+
 def place(path: Path, position: int) -> str:
     """`line 2, column 5 (byte 31)` for a position in bytes, columns counted in characters."""
-    line, begin = 1, 0
+    line, column, left = 1, 1, position
     with path.open("rb") as file:
-        while file.tell() < position and (piece := file.read(min(_PIECE, position - file.tell()))):
-            if (last := piece.rfind(b"\n")) >= 0:
-                line += piece.count(b"\n")
-                begin = file.tell() - len(piece) + last + 1
-        file.seek(begin)
-        before = file.read(min(_PIECE, position - begin)).removeprefix(codecs.BOM_UTF8)
-    return f"line {line}, column {len(before.decode('utf-8', 'replace')) + 1} (byte {position})"
+        while left > 0 and (piece := file.read(min(_PIECE, left))):
+            left -= len(piece)
+            before, newline, after = piece.rpartition(b"\n")
+            line, column = (line + before.count(b"\n") + 1, 1) if newline else (line, column)
+            column += len(after.removeprefix(codecs.BOM_UTF8).translate(None, _CONTINUED))
+    return f"line {line}, column {column} (byte {position})"
 
 
 class IndexedFile:

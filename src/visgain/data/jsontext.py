@@ -194,7 +194,7 @@ class _Window:
         while True:
             try:
                 value, end = _decode(self.text, self.at)
-                if end < len(self.text) or not self._grow():  # else a number may go on
+                if end <= len(self.text) - _CUT_NEAR or not self._grow():  # else a number may go on
                     self.at = end
                     return value
             except json.JSONDecodeError as error:
