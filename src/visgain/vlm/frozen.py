@@ -20,6 +20,9 @@ from visgain.vlm.profiles import Profile
 PAD_COLOUR = (122, 116, 104)
 """CLIP's mean colour, its fractions cut off."""
 
+NARROWEST = 1 / 200
+"""Short side by long side of what is cropped: the short side grows to the tower's, and the long side with it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -181,6 +184,9 @@ class FrozenEncoder:
         square = {"height": self.side, "width": self.side}
         squash = self.profile.pictures == "squash"
         prepared = [pad_to_square(image) for image in images] if self.profile.pictures == "pad" else list(images)
+        for width, height in (image.size for image in prepared):
+            if not squash and min(width, height) < NARROWEST * max(width, height):
+                raise EncodingError(f"a picture of {width} x {height} pixels is too narrow to be cropped")
         inputs = self.processor.image_processor(
             prepared,
             do_resize=True,
