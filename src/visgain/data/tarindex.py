@@ -158,7 +158,7 @@ def _check_end(path: Path, file: IO[bytes], end: int, n_members: int) -> None:
         raise DataError(f"{path} is cut short after {n_members} members (byte {end}); {_AGAIN}")
     if any(first):
         raise DataError(f"{path} is damaged after {n_members} members (byte {end}); {_AGAIN}")
-    while more := file.read(1 << 20):
+    while more := file.read(1 << 16):
         if more.count(0) < len(more):
             raise DataError(
                 f"{path} goes on behind its end after {n_members} members (byte {end}), as when tar files are joined "

@@ -40,6 +40,10 @@ class Unfit:
         return self.reason
 
 
+def _is_unfit(value: Any) -> bool:
+    return isinstance(value, Unfit)
+
+
 class TarPictures(Pictures):
     """Images of tar members."""
 
@@ -61,16 +65,25 @@ class TarRows:
         self._index = TarIndex(self._shards)
         if not len(self):
             raise DataError(f"{path} holds no rows: no member of its tar files has a name like 0001.jpg")
+        self.fields = self._first_fields()
 
     @cached_property
     def fingerprint(self) -> str:
         """See `content_hash`."""
         return content_hash(self._shards)
 
-    @cached_property
-    def fields(self) -> Collection[str]:
-        """The names in the first samples."""
-        return sorted({name for row in range(min(len(self), _LOOKED_AT)) for name in self[row]})
+    def _first_fields(self) -> Collection[str]:
+        """The names in the first samples. Raises DataError if none of them can be used."""
+        records = [self[row] for row in range(min(len(self), _LOOKED_AT))]
+        unfit = [record[self._pictures][0] for record in records if any(map(_is_unfit, record[self._pictures]))]
+        if len(unfit) == len(records):
+            raise DataError(f"none of the first {len(unfit)} samples in {self.path} can be used: {unfit[0].reason}")
+        return sorted({name for record in records for name in record})
+
+    @property
+    def _pictures(self) -> str:
+        """The field of the images."""
+        return self.columns.names.get("images", "images")
 
     def __len__(self) -> int:
         return len(self._index)
@@ -82,12 +95,12 @@ class TarRows:
             return self._unfit(record, group.problem)
         try:
             texts = self._texts(group)
-            return {**record, **texts, self.columns.names.get("images", "images"): self._images(group, texts)}
+            return {**record, **texts, self._pictures: self._images(group, texts)}
         except Unusable as reason:
             return self._unfit(record, str(reason))
 
     def _unfit(self, record: dict[str, Any], reason: str) -> dict[str, Any]:
-        return {**record, self.columns.names.get("images", "images"): [Unfit(reason)]}
+        return {**record, self._pictures: [Unfit(reason)]}
 
     def _texts(self, group: Group) -> dict[str, Any]:
         """The fields of the sample, those of its pictures left out."""
@@ -97,6 +110,8 @@ class TarRows:
             last = member.kind.rpartition(".")[2]
             if last in _OTHER_MEDIA:
                 raise Unusable(f"the sample has a member {group.key}.{member.kind}, and only pictures are read")
+            if last in PICTURES or member.kind == self._pictures:
+                continue
             if last in ("json", "jsn"):
                 fields |= _object(group, member, self._text(group, member))
             elif last in _TEXTS or member.kind in self.columns.names.values():
