@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -44,9 +45,11 @@ SURFACE = {
     "list": "",
     "env": "",
 }
+SURFACE["check"] = " ".join(sorted([*SURFACE["score"].split(), "--json", "--sample", "--show"]))  # the same command
 """Every verb and every flag. People's scripts depend on them: a flag may be added here, and not renamed or removed."""
 
 REQUIRED = {
+    "check": "--data --model",
     "score": "--data --model --out",
     "select": "--out --scores",
     "train": "--data --model --out",
@@ -125,7 +128,8 @@ def field_docs() -> dict[str, dict[str, str]]:
     docs: dict[str, dict[str, str]] = {}
     for node in ast.parse(Path(configs.__file__).read_text()).body:
         if isinstance(node, ast.ClassDef):
-            docs[node.name] = {
+            inherited = (docs.get(base.id, {}) for base in node.bases if isinstance(base, ast.Name))
+            docs[node.name] = dict(ChainMap(*inherited)) | {
                 f"--{field.target.id.replace('_', '-')}": text.value.value
                 for field, text in pairwise(node.body)
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)

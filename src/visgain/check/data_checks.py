@@ -128,7 +128,7 @@ def same_pictures(scan: Scan) -> Finding | None:
     n_rows = sum(map(len, units))
     content = scan.pictures.content
     copies = len(content) - len(set(content.values()))
-    if n_rows == len(units) == 0 or (n_rows - len(units) < 0.05 * n_rows and copies < 0.01 * len(content)):
+    if n_rows - len(units) <= 0.05 * n_rows and copies <= 0.01 * len(content):
         return None
     more = f"; {count(copies, 'picture')} probably lie there twice under other names" if copies else ""
     return Finding(

@@ -10,7 +10,7 @@ import numpy as np
 
 from visgain.check.estimate import Estimate
 from visgain.check.findings import Finding, count, listed, shortened, some
-from visgain.check.measure import Measured
+from visgain.check.measure import SLOW, Measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def slow_model(facts: Trial) -> Finding | None:
     return Finding(
         check="slow-model",
         severity="note",
-        what="one row takes more than a second here, so the ways of scoring were not compared",
+        what=f"one row takes more than {SLOW} s here, so the ways of scoring were not compared",
         seen="the time is that of the plainest way, one conversation after the other: an upper limit",
         mend="--device cuda on a machine with a GPU",
     )
