@@ -130,7 +130,7 @@ class Noise(Counterfactual):
     def __call__(
         self, image: Image.Image, *, rng: np.random.Generator, other: Callable[[], Image.Image]
     ) -> Image.Image:
-        kept = _diffusion_signal(self.step)
+        kept = diffusion_signal(self.step)
 
         def noised(channel: Image.Image, mean: float, std: float) -> Image.Image:
             # sqrt(kept) * x + sqrt(1 - kept) * noise for x = (pixels / 255 - mean) / std, in grey levels
@@ -145,7 +145,7 @@ class Noise(Counterfactual):
         )
 
 
-def _diffusion_signal(step: int) -> float:
+def diffusion_signal(step: int) -> float:
     """Share of the signal's variance that is left after `step` steps: VCD's alpha-bar."""
     betas = 1 / (1 + np.exp(-np.linspace(-6, 6, 1000))) * (0.5e-2 - 1e-5) + 1e-5
     return float(np.cumprod(1 - betas)[step])

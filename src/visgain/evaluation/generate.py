@@ -6,16 +6,18 @@ is resumed gives the same answers as one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int64
 from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from visgain.errors import ModelError
 from visgain.types import IMAGE_MARK, Encoded, ImageRef, Sample, Turn
@@ -84,20 +86,53 @@ class Greedy:
     def __call__(
         self, vlm: VLM, encoder: Encoder, prompts: Sequence[Prompt], max_new_tokens: int
     ) -> Int64[Tensor, "B new"]:
-        batch = pad_batch([prompt.encoded for prompt in prompts], pad_id(vlm), side="left").to(vlm.device)
-        output = vlm.model.generate(
-            **batch.inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad_id(vlm),
-            eos_token_id=end_ids(vlm),
-        )
-        new: Tensor = output[:, batch.is_answer.shape[1] :]
-        return new
+        return generated(vlm, prompts, max_new_tokens)
 
 
 GREEDY = Greedy()
+
+
+def generated(
+    vlm: VLM,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    *,
+    contrast: LogitsProcessor | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Int64[Tensor, "B new"]:
+    """New tokens by transformers' own loop and cache: the most likely, or drawn where the temperature is above 0.
+
+    What a model's generation settings say about penalties and sampling is overruled: a protocol says how is decoded.
+    What is drawn depends on the seed and the prompts, not on what was drawn before.
+    """
+    batch = pad_batch([prompt.encoded for prompt in prompts], pad_id(vlm), side="left").to(vlm.device)
+    chosen: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        chosen = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng(devices=[vlm.device] if vlm.device.type == "cuda" else []):
+        torch.manual_seed(batch_seed(seed, prompts))
+        output = vlm.model.generate(
+            **batch.inputs,
+            **chosen,
+            max_new_tokens=max_new_tokens,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            pad_token_id=pad_id(vlm),
+            eos_token_id=end_ids(vlm),
+            logits_processor=LogitsProcessorList([] if contrast is None else [contrast]),
+        )
+    new: Tensor = output[:, batch.is_answer.shape[1] :]
+    return new
+
+
+def batch_seed(seed: int, prompts: Sequence[Prompt]) -> int:
+    """A seed for everything random about these prompts, whenever they are answered."""
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=7)
+    for prompt in prompts:
+        digest.update(prompt.encoded.input_ids.tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
 def pad_id(vlm: VLM) -> int:
