@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email.message import Message
 from http.client import HTTPException
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -232,7 +233,7 @@ class Endpoint:
                 continue
             return self._reply(status, headers, said, tuple(sorted(renamed)))
 
-    def _post(self, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+    def _post(self, body: Mapping[str, Any]) -> tuple[int, Message, bytes]:
         """Status, headers and content, secrets taken out of the latter. Raises _Again."""
         request = Request(  # noqa: S310 (the address is http or https, and the opener knows nothing else)
             f"{self.address.url}/chat/completions",
@@ -257,7 +258,7 @@ class Endpoint:
                 raise _Again(f"no reply in {self._timeout:g} s") from None
             raise _Again(f"no connection, or it broke ({_one_line(str(reason) or type(reason).__name__)})") from None
 
-    def _reply(self, status: int, headers: Mapping[str, str], said: _Said, changed: tuple[str, ...]) -> Reply:
+    def _reply(self, status: int, headers: Message, said: _Said, changed: tuple[str, ...]) -> Reply:
         """What a complete answer means. Raises _Again or JudgeError."""
         told = f"HTTP {status}" + (f": {said.error}" if said.error else "")
         if status == 200 and not said.error:
@@ -362,7 +363,7 @@ def _read(response: Any, deadline: float) -> bytes:
     return b"".join(pieces)
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
+def _retry_after(headers: Message) -> float | None:
     """Seconds that the server asks to wait: a number, or a date. None if it says nothing that can be understood."""
     text = (headers.get("Retry-After") or "").strip()
     try:
