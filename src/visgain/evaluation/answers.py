@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from visgain.errors import DataError
 from visgain.evaluation.benchmark import Question
@@ -36,6 +36,7 @@ class Answer:
         return json.dumps({**fields, "meta": dict(self.meta)}, ensure_ascii=False) + "\n"
 
 
+@runtime_checkable
 class Keyed(Protocol):
     """What belongs to a question."""
 

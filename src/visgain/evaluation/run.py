@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,23 @@ import visgain
 from visgain.config import EvalConfig
 from visgain.errors import ConfigError, DataError
 from visgain.evaluation.answers import Answer, joined, read_answers
-from visgain.evaluation.benchmark import BENCHMARKS, Benchmark, Item, Question
+from visgain.evaluation.benchmark import BENCHMARKS, Benchmark, Item, JudgedBenchmark, Question
 from visgain.evaluation.bootstrap import Estimate, estimates
 from visgain.evaluation.decoding import parse_decoder
+from visgain.evaluation.foreign import read_foreign
 from visgain.evaluation.generate import Ask, Decoder, answers
+from visgain.evaluation.judge import JudgeOptions, judge_answers
+from visgain.evaluation.judgements import (
+    Judgement,
+    judged,
+    read_judgements,
+    require_readable,
+    short_hash,
+    summary,
+    write_judgements,
+)
 from visgain.registry import suggest
-from visgain.storage import atomic_path, claim_run, file_hash, storage_errors, write_json
+from visgain.storage import atomic_path, claim_run, storage_errors, write_json
 from visgain.vlm.encode import Encoder
 from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name
 from visgain.vlm.template import make_encoder
@@ -46,7 +57,7 @@ class Result:
     counts: Mapping[str, float]
     notes: Mapping[str, str]
     limited: bool = False  # asked the first questions only
-    answers: Mapping[str, Any] = field(default_factory=dict)  # where the predictions come from
+    judge: Mapping[str, Any] | None = None  # who judged, with which words, how often
 
 
 class Models:
@@ -79,6 +90,8 @@ def run_eval(config: EvalConfig) -> list[Result]:
         questions, folder = asked[benchmark.name], config.out / benchmark.name
         if "generate" in config.stages:
             generate(config, benchmark, questions, models)
+        if "judge" in config.stages and config.judge is not None and isinstance(benchmark, JudgedBenchmark):
+            judge(config, benchmark, questions)
         if "score" in config.stages:
             results.append(score(config, benchmark, questions, variants[benchmark.name]))
             write_json(folder / METRICS, asdict(results[-1]))
@@ -125,9 +138,11 @@ def generate(config: EvalConfig, benchmark: Benchmark, questions: Sequence[Quest
     folder = config.out / benchmark.name
     data_hash = questions_hash(questions)
     if config.answers is not None:
-        source = {"answers": file_hash(config.answers), "questions": data_hash}
+        given = joined(
+            questions, read_foreign(config.answers, benchmark.name, questions), f"answers in {config.answers}"
+        )
+        source = {"answers": short_hash("".join(answer.line() for answer in given)), "questions": data_hash}
         claim_run(folder, source, {"answers": str(config.answers.resolve())})
-        given = joined(questions, imported(benchmark, config.answers, questions), f"answers in {config.answers}")
         _write(folder / ANSWERS, given)
         return
     if config.model is None and (folder / ANSWERS).is_file():
@@ -187,11 +202,6 @@ def _answer(benchmark: Benchmark, question: Question, text: str) -> Answer:
     return Answer(benchmark=benchmark.name, split=question.split, id=question.id, prediction=text)
 
 
-def imported(benchmark: Benchmark, path: Path, questions: Sequence[Question]) -> list[Answer]:
-    """Answers in our form, or in the benchmark's official one."""
-    return read_answers(path, benchmark.name)
-
-
 def _write(path: Path, lines: Iterable[Answer]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(line.line() for line in lines)
@@ -200,16 +210,37 @@ def _write(path: Path, lines: Iterable[Answer]) -> None:
 # ---------------------------------------------------------------- judge and score
 
 
+def judge(config: EvalConfig, benchmark: JudgedBenchmark, questions: Sequence[Question]) -> None:
+    """Write judgements.jsonl, from --judge. Raises JudgeError if the judge fails; what it said is kept."""
+    options = JudgeOptions(
+        judge=str(config.judge),
+        runs=config.judge_runs,
+        prompt=config.judge_prompt,
+        concurrency=config.judge_concurrency,
+        per_minute=config.judge_per_minute,
+        price=config.judge_price,
+    )
+    predictions = _predictions(config, benchmark, questions)
+    write_judgements(
+        config.out / benchmark.name / JUDGEMENTS, judge_answers(benchmark, questions, predictions, options)
+    )
+
+
 def score(config: EvalConfig, benchmark: Benchmark, questions: Sequence[Question], variant: str) -> Result:
-    """Metrics of the answers on disk. Raises DataError if they do not fit the questions."""
-    folder = config.out / benchmark.name
-    if not (folder / ANSWERS).is_file():
-        raise DataError(f"{folder} holds no {ANSWERS}: run the stage `generate` first, or give --answers")
-    said = joined(questions, read_answers(folder / ANSWERS, benchmark.name), f"answers in {folder / ANSWERS}")
+    """Metrics of the answers on disk. Raises DataError if they, or a judge's words, do not fit the questions.
+
+    Raises JudgeError if too many of a judge's replies cannot be read, unless it is forced.
+    """
+    predictions = _predictions(config, benchmark, questions)
+    judgements = _judgements(config, benchmark)
+    said = judged(questions, predictions, judgements) if judgements else [()] * len(questions)
     items = [
-        Item(question=question, prediction=answer.prediction) for question, answer in zip(questions, said, strict=True)
+        Item(question=question, prediction=prediction, judgements=runs)
+        for question, prediction, runs in zip(questions, predictions, said, strict=True)
     ]
     scored = benchmark.score(items, variant)
+    if judgements and not config.force:
+        require_readable(scored.unparsed, len(judgements))
     return Result(
         benchmark=benchmark.name,
         variant=variant,
@@ -220,7 +251,25 @@ def score(config: EvalConfig, benchmark: Benchmark, questions: Sequence[Question
         counts=scored.counts,
         notes=scored.notes,
         limited=config.limit is not None,
+        judge=summary(judgements) if judgements else None,
     )
+
+
+def _predictions(config: EvalConfig, benchmark: Benchmark, questions: Sequence[Question]) -> list[str]:
+    path = config.out / benchmark.name / ANSWERS
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: run the stage `generate` first, or give --answers")
+    found = joined(questions, read_answers(path, benchmark.name), f"answers in {path}")
+    return [answer.prediction for answer in found]
+
+
+def _judgements(config: EvalConfig, benchmark: Benchmark) -> list[Judgement]:
+    if not isinstance(benchmark, JudgedBenchmark):
+        return []
+    path = config.out / benchmark.name / JUDGEMENTS
+    if not path.is_file():
+        raise ConfigError(f"{benchmark.name} is graded by a judge: give --judge MODEL@URL, or recorded reviews")
+    return read_judgements(path, benchmark.name)
 
 
 def questions_hash(questions: Sequence[Question]) -> str:
