@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from visgain.data.index import IndexedFile, Pieces, RowIndex
+from visgain.data.llamafactory import columns_beside
 from visgain.data.records import KEYS, Columns, RecordDataset
 from visgain.errors import DataError
 
@@ -86,7 +87,7 @@ class CsvFormat:
             CsvRows(path, columns),
             path.parent if image_root is None else image_root,
             layout=layout,
-            columns=columns,
+            columns=columns or columns_beside(path),
             max_pixels=max_pixels,
             follow_links=follow_links,
         )

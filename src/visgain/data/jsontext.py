@@ -7,15 +7,20 @@ A row that is itself a list of turns is taken for its `messages`.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from visgain.data.index import MAX_FIELDS, IndexedFile, Pieces, RowIndex, place
-from visgain.data.records import Columns, RecordDataset
+from visgain.data.llamafactory import columns_beside
+from visgain.data.parts import base_of, choose, find_parts, whole
+from visgain.data.records import Columns, RecordDataset, find_layout
 from visgain.errors import DataError
 
 KIND = "json-1"
@@ -24,6 +29,8 @@ KIND = "json-1"
 _BOM = codecs.BOM_UTF8.decode("latin-1")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _decode = json.JSONDecoder().raw_decode
+_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _MAX_OBJECT = 64 << 20
 _CUT_NEAR = 16
 """An error so near to the end of a piece may only mean that the rest is in the next: no literal or escape is longer."""
@@ -58,12 +65,52 @@ class JsonRows:
         return {"messages": record} if _is_talk(record) else record
 
 
+class JoinedRows:
+    """The rows of several files as one, in the order of the files."""
+
+    def __init__(self, path: Path, parts: Sequence[JsonRows]) -> None:
+        self.path = path
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return frozenset[str]().union(*(part.fields for part in self._parts))
+
+    @property
+    def fingerprint(self) -> str:
+        hashes = "\0".join(part.fingerprint for part in self._parts)
+        return hashlib.blake2b(hashes.encode(), digest_size=16).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, row: int, /) -> Any:
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._parts[part][row - int(self._starts[part])]
+
+
+def find_files(path: Path) -> list[Path]:
+    """The JSON files that `path` stands for: of a folder those directly in it, else see `find_parts`.
+
+    Raises DataError if the folder holds several datasets, as told by the names.
+    """
+    if not path.is_dir():
+        return find_parts(path, _SUFFIXES)
+    names = [each.name for each in path.iterdir() if each.suffix in _SUFFIXES and each.is_file()]
+    names = [name for name in names if not name.startswith(".") and name not in _NO_ROWS]
+    return [path / name for name in choose(names, "", str(path))] if names else []
+
+
 class JsonFormat:
     """JSON files, and folders of them."""
 
     def recognises(self, path: Path, head: bytes) -> bool:
-        """Whether the content begins like a JSON list or object; names lie too often to be asked."""
-        return head.startswith((b"[", b"{"))
+        """Whether the content begins like a JSON list or object; names lie too often to be asked.
+
+        For folders and patterns, whether files with fitting names are there.
+        """
+        return head.startswith((b"[", b"{")) if head else bool(find_files(path))
 
     def __call__(
         self,
@@ -75,14 +122,32 @@ class JsonFormat:
         columns: Columns,
         layout: str | None,
     ) -> RecordDataset:
+        base, files = base_of(path), [path] if path.is_file() else find_files(path)
+        if not files:
+            raise DataError(f"{path} holds no JSON files ({', '.join(_SUFFIXES)})")
+        parts = [JsonRows(file) for file in files]
+        _require_one_layout(parts, columns, layout)
         return RecordDataset(
-            JsonRows(path),
-            path.parent if image_root is None else image_root,
+            parts[0] if path.is_file() else JoinedRows(whole(path), parts),
+            (base.parent if base.is_file() else base) if image_root is None else image_root,
             layout=layout,
-            columns=columns,
+            columns=columns or columns_beside(path),
             max_pixels=max_pixels,
             follow_links=follow_links,
+            name=base.stem,
         )
+
+
+def _require_one_layout(parts: Sequence[JsonRows], columns: Columns, layout: str | None) -> None:
+    """Raises DataError for files that do not belong together: one would be read as what the other is."""
+    if layout is None and not columns and len(parts) > 1:
+        layouts = [find_layout(part.fields, columns, part.path) for part in parts]
+        other = next((part for part, found in zip(parts, layouts, strict=True) if found != layouts[0]), None)
+        if other is not None:
+            raise DataError(
+                f"{parts[0].path} and {other.path.name} hold rows of different layouts; "
+                "let --data name one of the files"
+            )
 
 
 JSON = JsonFormat()

@@ -38,6 +38,8 @@ def _read_prompts(record: Mapping[str, Any], columns: Columns, n_images: int) ->
 
 def _read_history(history: Any) -> list[Said]:
     """Pairs of question and answer, or null."""
+    if history is not None and not isinstance(history, list | str):
+        raise Unusable(f"'history' is {kind_of(history)}, not a list")
     said: list[Said] = []
     for index, pair in enumerate(history or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):

@@ -6,12 +6,16 @@ the names mean; they know nothing of files. `RecordDataset` puts the two togethe
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
 
 from visgain.data.conversation import (
@@ -63,9 +67,10 @@ _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 
 @dataclass(frozen=True)
 class Columns:
-    """What the user says about the names in the dataset; equal for all formats."""
+    """What the user, or a file beside the dataset, says about the names in it; equal for all formats."""
 
     names: Mapping[str, str] = field(default_factory=dict)
+    said_by: str = "--columns"
 
     @classmethod
     def of(cls, given: str | Mapping[str, str] | None) -> Columns:
@@ -82,6 +87,9 @@ class Columns:
             if key not in KEYS:
                 raise ConfigError(f"--columns has the unknown key {key!r}; {suggest(key, KEYS)}")
         return cls(dict(sorted(given.items())))
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -104,7 +112,7 @@ class Columns:
         for key, name in self.names.items():
             if key not in _NOT_FIELDS and name not in fields:
                 raise ConfigError(
-                    f"--columns says {key}={name}, but no row of {path} has {name!r}; {suggest(name, fields)}"
+                    f"{self.said_by} says {key}={name}, but no row of {path} has {name!r}; {suggest(name, fields)}"
                 )
 
 
@@ -148,6 +156,10 @@ ORDER = ("messages", "llava", "texts", "pairs", "prompts", "captions")
 """In which layouts are asked; those of other packages come first, because they are more special."""
 
 
+_TOLD_BY = {"response": "prompts", "caption": "captions"}
+"""Fields that only one layout has: who names one means that layout, whatever other fields there are."""
+
+
 def find_layout(fields: Collection[str], columns: Columns, path: Path, wanted: str | None = None) -> Layout:
     """The layout of records with these fields: `wanted`, or the first that recognises them.
 
@@ -157,6 +169,9 @@ def find_layout(fields: Collection[str], columns: Columns, path: Path, wanted: s
     columns.check(fields, path)
     if wanted is not None:
         return LAYOUTS.get(wanted)
+    named = next((key for key in ("messages", "response", "caption") if key in columns.names), None)
+    if named in _TOLD_BY:
+        return LAYOUTS.get(_TOLD_BY[named])
     for name in (*(name for name in LAYOUTS.names() if name not in ORDER), *ORDER):
         layout = LAYOUTS.get(name)
         if layout.recognises(fields, columns):
@@ -292,6 +307,9 @@ class PathImages:
         if not isinstance(value, str):
             raise Unusable(f"'image' holds {kind_of(value)}, not a path")
         path = value.removeprefix("file://")
+        if path.startswith(os.sep):  # as some tools write them; outside of the root they are refused when opened
+            with suppress(ValueError):
+                path = str(PurePath(path).relative_to(self.root.absolute()))
         return ImageFile(root=self.root, path=path, max_pixels=self.max_pixels, follow_links=self.follow_links)
 
 
@@ -328,8 +346,14 @@ class RecordDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the dataset's content in hexadecimal; what --columns says has its own place in a run's record."""
-        return self.rows.fingerprint
+        """Hash of the dataset's content in hexadecimal, and of what a file beside it says of its columns.
+
+        What --columns says has its own place in a run's record.
+        """
+        if not self.columns.names or self.columns.said_by == "--columns":
+            return self.rows.fingerprint
+        both = f"{self.rows.fingerprint}\0{json.dumps(dict(self.columns.names), sort_keys=True)}"
+        return hashlib.blake2b(both.encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows)
