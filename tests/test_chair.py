@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from visgain.errors import ConfigError, DataError
 from visgain.evaluation.benchmark import Benchmark, Item, Question
 from visgain.evaluation.bootstrap import estimates
-from visgain.evaluation.chair import CHAIR, PROMPT
+from visgain.evaluation.chair import PROMPT, Chair
 from visgain.evaluation.chair_objects import OBJECT_OF, OBJECTS, PAIRS, objects, objects_of, tokens
 from visgain.evaluation.singular import singular
+
+CHAIR = Chair()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

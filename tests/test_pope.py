@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from visgain.errors import DataError
 from visgain.evaluation.benchmark import Benchmark, Item, Question
 from visgain.evaluation.bootstrap import estimates
-from visgain.evaluation.pope import PARSERS, POPE, SUFFIX
+from visgain.evaluation.pope import PARSERS, SUFFIX, Pope
 
+POPE = Pope()
 STRATEGIES = ("random", "popular", "adversarial")
 
 

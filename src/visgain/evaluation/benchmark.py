@@ -119,7 +119,12 @@ class ReadsAnswers(Protocol):
 BENCHMARKS: Registry[Callable[[], Benchmark]] = Registry(
     "benchmark",
     {
+        "blind_faith": "visgain.evaluation.blind_faith:BlindFaith",
+        "chair": "visgain.evaluation.chair:Chair",
+        "cvbench": "visgain.evaluation.cvbench:CVBench",
+        "docvqa": "visgain.evaluation.docvqa:DocVQA",
         "llava_bench_wild": "visgain.evaluation.llava_bench:LlavaBench",
+        "mmbench": "visgain.evaluation.mmbench:MMBench",
         "mmhal": "visgain.evaluation.mmhal:MMHal",
         "mmvet": "visgain.evaluation.mmvet:MMVet",
         "pope": "visgain.evaluation.pope:Pope",

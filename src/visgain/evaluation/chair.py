@@ -100,6 +100,3 @@ class Chair:
             },
             notes={"pictures": items[0].question.facts["origin"]} if items else {},
         )
-
-
-CHAIR = Chair()

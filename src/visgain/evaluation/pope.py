@@ -162,9 +162,6 @@ class Pope:
         )
 
 
-POPE = Pope()
-
-
 def _question(row: Record, path: Path, image_root: Path | None) -> Question:
     group, strategy = _split_of(row, path)
     text = row.text(field_named(row, ("text", "question")))
