@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -163,18 +164,24 @@ class CachedJudge:
         if kept is not None:
             return kept
         reply = self.endpoint.complete(chat)
+        self._keep(chat, run, attempt, reply)
+        return self.known(chat, run, attempt) or reply  # of two processes that asked, both go on with the first reply
+
+    def _keep(self, chat: Chat, run: int, attempt: int, reply: Reply) -> None:
+        """Put `reply` on disk, unless there is one. Raises StorageError."""
         wanted = self._request(chat, run, attempt)
         path = self._path(wanted)
-        content = json.dumps({"request": wanted, "reply": asdict(reply)})
+        temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
             try:
-                temporary.write_text(content, encoding="ascii")
-                _first_wins(temporary, path)
+                temporary.write_text(json.dumps({"request": wanted, "reply": asdict(reply)}), encoding="ascii")
+                with suppress(OSError):  # there is something (unlike a rename, a link minds), or links are unknown here
+                    os.link(temporary, path)
+                if self.known(chat, run, attempt) is None:
+                    temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
-        return self.known(chat, run, attempt) or reply  # of two processes that asked, both go on with the same
 
     def _request(self, chat: Chat, run: int, attempt: int) -> dict[str, Any]:
         address = self.endpoint.address
@@ -234,19 +241,6 @@ def _chat(request: JudgeRequest, attempt: int) -> Chat:
         temperature=request.temperature + WARMER * max(0, attempt - 1),
         max_tokens=request.max_tokens,
     )
-
-
-def _first_wins(temporary: Path, path: Path) -> None:
-    """Put `temporary` under the name `path`, unless there is something that can be read already."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        try:
-            json.loads(path.read_bytes())
-        except ValueError:
-            temporary.replace(path)
-    except OSError:  # a file system without hard links
-        temporary.replace(path)
 
 
 def _about(reply: Reply) -> dict[str, Any]:
