@@ -14,6 +14,8 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from jaxtyping import Float64, Int64
 
+from visgain.data.identity import content_hash
+from visgain.data.numbers import dataset_files, read_numbers
 from visgain.errors import ConfigError, DataError
 from visgain.registry import suggest
 from visgain.rowset import RowSet
@@ -35,7 +37,7 @@ def numeric_score_column(name: str) -> str:
     if name not in numeric:
         raise ConfigError(
             f"--by column:{name}: the scores hold no such column of numbers, {suggest(name, numeric)} "
-            "(for a column of your own, give its file with --table)"
+            "(for a column of your own, give its file with --table; for one of the dataset's table, the dataset)"
         )
     return name
 
@@ -48,17 +50,17 @@ def require_finite(name: str, row: Int64[np.ndarray, " n"], values: Float64[np.n
 
 
 def read_column(
-    path: Path, name: str, wanted: RowSet
+    path: Path, name: str, wanted: RowSet, scored: str | None = None
 ) -> Iterator[tuple[Int64[np.ndarray, " k"], Float64[np.ndarray, " k"]]]:
     """Every wanted row once, with its value in column `name` of a table with the columns row and `name`.
 
     In the order of the table, some lines at a time, so that memory does not grow with it. Lines of other rows do no
-    harm. Raises ConfigError for a kind of file that is not known, DataError for a table that cannot be read, lacks a
-    column or a row, or has a row twice or something else than finite numbers.
+    harm. The dataset whose fingerprint is `scored` is such a table too, its rows numbered as they stand. Raises
+    ConfigError for a kind of file that is not known, DataError for a table that cannot be read, lacks a column or a
+    row, or has a row twice or something else than finite numbers.
     """
     found = RowSet(wanted.n_rows)
-    for table in _blocks(path, name):
-        row, values = _numbers(path, name, table)
+    for row, values in _lines(path, name, scored):
         here = wanted.holds(row)
         row, values = row[here], values[here]
         twice = found.add(row)
@@ -73,6 +75,32 @@ def read_column(
         raise DataError(
             f"--table {path} has no line for {n_missing} of {len(wanted)} rows: row {first_few(first, n_missing)}"
         )
+
+
+def _lines(
+    path: Path, name: str, scored: str | None
+) -> Iterator[tuple[Int64[np.ndarray, " k"], Float64[np.ndarray, " k"]]]:
+    """Row numbers and values, of a table of the user's or of the dataset itself."""
+    files = [] if _has_rows(path) else dataset_files(path)
+    if not files:
+        yield from (_numbers(path, name, table) for table in _blocks(path, name))
+        return
+    if content_hash(files) != scored:
+        raise DataError(
+            f"--table {path} has no column 'row', and is not the dataset as it was scored; "
+            "give one of the two, so that its lines can be told to belong to the rows"
+        )
+    yield from read_numbers(files, name)
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether the table is of a kind that says its row numbers, or cannot be read."""
+    if path.suffix in (".csv", ".jsonl"):
+        return True
+    try:
+        return path.suffix == ".parquet" and path.is_file() and "row" in pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return True
 
 
 def _numbers(path: Path, name: str, table: pa.Table) -> tuple[Int64[np.ndarray, " k"], Float64[np.ndarray, " k"]]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from visgain.errors import ConfigError
 
@@ -42,6 +44,8 @@ class ScoreConfig:
     """What replaces the real image: blur, mean, noise, shuffle, swap or none, with options as in blur:sigma=0.2."""
     per_image: bool = False
     """Also replace each of several images on its own: gain per image, for n + 2 forward passes over n images, not 2."""
+    projector: Path | None = None
+    """Projector to put into the model, of the original LLaVA's pre-training stage: mm_projector.bin or .safetensors."""
     template: str = "auto"
     """Conversation template and image preparation: auto, chat or a profile, see `visgain list`; auto takes the
     processor's chat template if it can."""
@@ -99,7 +103,7 @@ class CheckConfig(ScoreConfig):
     """Rows to read as the model would, spread over the whole dataset."""
     show: int = 2
     """Conversations to show in full, labels marked."""
-    json: str | None = None
+    json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
     """File for the findings and the numbers behind them; - prints them in place of everything else."""
 
     def __post_init__(self) -> None:
@@ -123,7 +127,8 @@ class SelectConfig:
     keep_tokens: float | None = None
     """Percent of the kept samples' answer tokens to keep, by a threshold of their own [default: one tau for both]."""
     table: Path | None = None
-    """For column:NAME, a parquet, csv or jsonl file with the columns row and NAME [default: a column of the scores]."""
+    """For column:NAME, a parquet, csv or jsonl file with the columns row and NAME, or the table that was scored
+    [default: a column of the scores]."""
     end_of_turn: Literal["select", "keep", "drop"] = "select"
     """Treat end-of-turn tokens like any other, or always keep or always drop them."""
     skipped: Literal["drop", "error"] = "drop"
@@ -189,6 +194,8 @@ class TrainConfig:
     """Rows in one forward pass on one device."""
     loss_reduction: Literal["global", "micro-batch"] | None = None
     """Mean over the active tokens of the whole optimiser step, or of each micro-batch and then over those."""
+    projector: Path | None = None
+    """Projector to put into the model, of the original LLaVA's pre-training stage: mm_projector.bin or .safetensors."""
     template: str = "auto"
     """Conversation template and image preparation; must be the one that was scored with."""
     max_length: int | None = None
@@ -211,8 +218,6 @@ class TrainConfig:
     """Run Python code that comes with the model."""
 
     def __post_init__(self) -> None:
-        _require_length(self.max_length)
-        _require_length(self.max_length)
         _require_length(self.max_length)
         for name in ("lora_rank", "max_steps", "batch_size", "micro_batch", "save_steps"):
             value = getattr(self, name)
@@ -256,6 +261,14 @@ class EvalConfig:
     """Grade with MODEL@URL, an OpenAI-compatible endpoint (its key in OPENAI_API_KEY), or with recorded reviews."""
     judge_prompt: Path | None = None
     """The official wording of the judge's question in place of ours."""
+    judge_runs: int = 1
+    """How often the judge grades every answer; published tables often average several runs."""
+    judge_concurrency: int = 8
+    """Requests to the judge at the same time."""
+    judge_per_minute: float | None = None
+    """Most requests to the judge in a minute."""
+    judge_price: str = ""
+    """US dollars for a million tokens in and out, as 2.5,10, for the estimate before it starts."""
     force: bool = False
     """Print a score even if more than 2 % of the judge's replies cannot be read."""
     limit: int | None = None

@@ -38,7 +38,7 @@ from visgain.quantile import Passes, order_statistics
 from visgain.rowset import RowSet
 from visgain.scramble import random_key, scrambled
 from visgain.spill import Spill
-from visgain.storage import flat_values, list_column, list_lengths
+from visgain.storage import flat_values, list_column, list_lengths, read_json
 
 QUANTILE = "tau is the k-th largest of n values, k = ceil(percent / 100 * n); values >= tau are kept, ties included"
 
@@ -193,7 +193,7 @@ def _by_table(scores: Scores, table: Path, name: str, config: SelectConfig) -> R
     """Ranked by a column of a file, whose lines may have any order: which rows it takes is held as one bit a row."""
     rows = scores.rows()
     with Spill(config.out, pa.schema({"row": pa.int64(), "value": pa.float64()})) as lines:
-        for row, value in read_column(table, name, rows):
+        for row, value in read_column(table, name, rows, _scored(config)):
             lines.add(pa.table([row, value], schema=lines.schema), 0)
         tau = threshold(lines.column("value"), config.keep)
         taken = RowSet(rows.n_rows)
@@ -205,6 +205,12 @@ def _by_table(scores: Scores, table: Path, name: str, config: SelectConfig) -> R
         return Choice(chosen=chosen, active=np.repeat(chosen, pool.length))
 
     return Rule(decide=decide, column_tau=tau)
+
+
+def _scored(config: SelectConfig) -> str | None:
+    """The fingerprint of the dataset that was scored."""
+    identity = read_json(config.scores / "run.json", "scores").get("identity")
+    return identity.get("data_fingerprint") if isinstance(identity, dict) else None
 
 
 def _settled(decide: Callable[[Pool], Choice], end_of_turn: str) -> Callable[[Pool], Choice]:

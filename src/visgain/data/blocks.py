@@ -74,6 +74,17 @@ class TableFile:
         with self._reading():
             return int(_starts(self)[-1])
 
+    @property
+    def is_parquet(self) -> bool:
+        with self._reading():
+            return _is_parquet(self)
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The record batches of an Arrow file."""
+        with self._reading():
+            mapped = _mapped(self)
+            yield from (mapped.block(number) for number in range(mapped.n_blocks))
+
     def cells(self, columns: Names, row: int) -> Cells:
         """The row, at least with `columns`. Raises DataError if its block is damaged or the file was changed."""
         with self._reading():
