@@ -186,7 +186,7 @@ def _disk(config: ScoreConfig, scan: Scan, measured: Measured | None, answer_tok
     if measured is None or not measured.scores:
         return None
     n_parts = math.ceil(scan.n_rows / config.part_rows)
-    return n_parts * measured.part_bytes + answer_tokens * measured.disk_bytes / measured.n_tokens
+    return n_parts * measured.part_bytes + answer_tokens * measured.token_bytes
 
 
 def _free_disk(out: Path) -> int:

@@ -61,8 +61,8 @@ class Measured:
     parts: Sequence[Timed] = ()
     scores: Sequence[TokenScores] = ()
     skipped: Sequence[Skipped] = ()
-    disk_bytes: int = 0  # of the scores, what a part without rows takes not counted
-    part_bytes: int = 0  # of a part without rows
+    token_bytes: float = 0.0  # on disk, of an answer token with what belongs to its row
+    part_bytes: float = 0.0  # on disk, of a part beside its tokens
     vocabulary: int = 0
     dtype: str = ""
     counterfactual: str = ""
@@ -168,7 +168,7 @@ def _scored(
         timed, found = _timed(scorer, plan, part)
         parts.append(timed)
         records += found
-    disk_bytes, part_bytes = _disk(records)
+    token_bytes, part_bytes = _disk(records)
     return Measured(
         way=choice.way,
         rejected=choice.rejected,
@@ -177,7 +177,7 @@ def _scored(
         parts=parts,
         scores=[record for record in records if isinstance(record, TokenScores) and len(record.nll_seen)],
         skipped=[record for record in records if isinstance(record, Skipped)],
-        disk_bytes=disk_bytes,
+        token_bytes=token_bytes,
         part_bytes=part_bytes,
         vocabulary=int(vlm.model.config.get_text_config(decoder=True).vocab_size),
         dtype=str(vlm.model.dtype).removeprefix("torch."),
@@ -202,11 +202,14 @@ def _timed(scorer: run.Scorer, plan: Plan, part: int) -> tuple[Timed, list[Token
     return timed, records
 
 
-def _disk(records: Sequence[TokenScores | Skipped]) -> tuple[int, int]:
-    """Bytes that `records` take on disk, and that a part without any takes."""
+def _disk(records: Sequence[TokenScores | Skipped]) -> tuple[float, float]:
+    """Bytes on disk of one more answer token, and of a part apart from those: the difference that more rows make."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = []
-        for number, some in enumerate((records, [])):
+        for number, some in enumerate((records, records[::2])):
             write_part(Path(folder), number, 2, score_table(some))
-            sizes.append(next(Path(folder).glob(f"part-{number:05d}-*")).stat().st_size)
-    return sizes[0] - sizes[1], sizes[1]
+            size = next(Path(folder).glob(f"part-{number:05d}-*")).stat().st_size
+            sizes.append((size, sum(len(one.token_id) for one in some if isinstance(one, TokenScores))))
+    (size, tokens), (less, fewer) = sizes
+    each = (size - less) / max(1, tokens - fewer)
+    return each, max(0.0, size - each * tokens)
