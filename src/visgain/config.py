@@ -246,7 +246,7 @@ class EvalConfig:
     stages: str = "generate,judge,score"
     """What to do, with commas between; each stage begins with the files that the one before left."""
     variant: str = ""
-    """Parser or protocol variant: a name for one benchmark, or pope=opera,chair=wordnet [default: the official ones]."""
+    """Parser or protocol variant: a name for one benchmark, or pope=opera,chair=wordnet [default: the official]."""
     decoding: str = "greedy"
     """How tokens are chosen, with options as in vcd:alpha=1,beta=0.1; `visgain list` shows the names."""
     max_new_tokens: int | None = None
