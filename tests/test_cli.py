@@ -29,14 +29,14 @@ SURFACE = {
         "--backend --batch-tokens --columns --counterfactual --data --device --dtype --end-of-turn --follow-links --format "
         "--image-root "
         "--limit --max-length --max-pixels --model --no-follow-links --no-per-image --no-trust-remote-code --out "
-        "--part-rows --per-image --seed --template --trust-remote-code --way --workers"
+        "--part-rows --per-image --projector --seed --template --trust-remote-code --way --workers"
     ),
     "select": "--by --end-of-turn --keep --keep-tokens --out --scores --seed --skipped --table",
     "train": (
         "--batch-size --columns --data --device --dtype --epochs --follow-links --format --image-root "
         "--learning-rate --lora-rank "
         "--loss-reduction --max-length --max-pixels --max-steps --micro-batch --model --no-follow-links "
-        "--no-trust-remote-code --out --parts --recipe --report-to --save-steps --seed --selection --template "
+        "--no-trust-remote-code --out --parts --projector --recipe --report-to --save-steps --seed --selection --template "
         "--trust-remote-code"
     ),
     "report": "--data --image-root --out --results --samples --scores --selection --truth",

@@ -44,6 +44,7 @@ from visgain.storage import (
     PER_IMAGE_SCHEMA,
     SCORE_SCHEMA,
     claim_run,
+    file_hash,
     finished_parts,
     part_path,
     read_json,
@@ -55,6 +56,7 @@ from visgain.types import Skipped, TokenScores
 from visgain.vlm.float8 import make_draft
 from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name, pick_device
 from visgain.vlm.profiles import find_profile
+from visgain.vlm.projector import with_projector
 from visgain.vlm.template import make_encoder
 
 PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -327,7 +329,10 @@ def _load(config: ScoreConfig, dtype: str) -> VLM:
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{Rank.here().local % torch.cuda.device_count()}"  # a GPU for each process of a machine
     dtype = "bfloat16" if dtype == DRAFT else dtype
-    return load_vlm(config.model, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)
+    return with_projector(
+        config.projector,
+        lambda: load_vlm(config.model, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code),
+    )
 
 
 def _dtype(config: ScoreConfig) -> str:
@@ -386,6 +391,7 @@ def _identity(config: ScoreConfig, source: Feed, vlm: VLM) -> dict[str, Any]:
         "max_pixels": config.max_pixels,
         "follow_links": config.follow_links,
         **({"per_image": True} if config.per_image else {}),  # older runs say nothing of it
+        **({"projector": file_hash(config.projector)} if config.projector else {}),
         **reading(config.columns, config.format),
     }
 

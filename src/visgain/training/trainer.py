@@ -31,7 +31,7 @@ from visgain.vlm.families import named_parts, part_modules
 from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name
 from visgain.vlm.logits import output_head
 from visgain.vlm.profiles import find_profile
-from visgain.vlm.profiles import find_profile
+from visgain.vlm.projector import with_projector
 from visgain.vlm.template import make_encoder
 
 BESIDE_ADAPTER = "trained.safetensors"
@@ -153,9 +153,11 @@ def run_train(config: TrainConfig) -> TrainSummary:
     if scored and scored["data_fingerprint"] != dataset.fingerprint:
         raise DataError(f"{config.data} changed since it was scored (or is another dataset); score and select again")
     set_seed(config.seed)  # before the model: adapters are initialised at random
-    vlm = load_vlm(config.model, device="cpu", trust_remote_code=config.trust_remote_code)
+    vlm = with_projector(
+        config.projector,
+        lambda: load_vlm(config.model, device="cpu", trust_remote_code=config.trust_remote_code),
+    )
     encoder = make_encoder(vlm, config.template, config.max_length)
-    config = replace(config, max_length=encoder.max_length)
     config = replace(config, max_length=encoder.max_length)
     if scored and scored["template"] != encoder.name:
         raise ConfigError(f"the selection was scored with --template {scored['template']}, this is {encoder.name}")
@@ -314,5 +316,6 @@ def _identity(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> dic
         "max_length": config.max_length,
         "seed": config.seed,
         "dtype": config.dtype,
+        **({"projector": file_hash(config.projector)} if config.projector else {}),
         **reading(config.columns, config.format),
     }
