@@ -288,6 +288,15 @@ def test_conversations_are_read_in_every_form(tmp_path: Path, fields: dict[str, 
     assert colours(sample) == [(255, 0, 0)]
 
 
+@pytest.mark.parametrize("inner", [{"width": 2}, {"caption": "Red.", "width": 2}])
+def test_a_webdataset_that_the_hub_made_a_table_of_is_read(tmp_path: Path, inner: dict[str, Any]) -> None:
+    row = {"jpg": {"bytes": RED, "path": "7.jpg"}, "json": inner, "txt": "Red.", "__key__": "7", "__url__": "hf://x"}
+    sample = read(tmp_path, [row])
+    assert said(sample) == ["<image>", "Red."]
+    assert sample.id == "7"
+    assert colours(sample) == [(255, 0, 0)]
+
+
 def test_columns_of_numbers_and_spare_bytes_are_not_read(tmp_path: Path) -> None:
     row = {"id": 5, "image": RED, "caption": "x", "score": 0.5, "embedding": [0.1], "thumbnail": BLUE, "width": 3}
     dataset = open_dataset(write(tmp_path / "t.parquet", [row]))

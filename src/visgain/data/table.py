@@ -31,6 +31,9 @@ from visgain.errors import ConfigError, DataError
 Step = int | str
 """On the way from a row to a value inside of it: a position in a list, a name in a struct."""
 
+_INNER = "json"
+"""The column that holds a record of its own in a WebDataset that the hub made a table of."""
+
 _OTHER_TURNS = ("conversation", "texts")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 
@@ -89,7 +92,7 @@ class TableRows:
         with tqdm(files, desc="opening tables", unit="file", delay=1, leave=False) as shown:
             tables = [TableFile.of(file) for file in shown]
             schemas = [table.schema for table in tables]
-        self.fields: Collection[str] = sorted({name for schema in schemas for name in schema.names})
+        self.fields: Collection[str] = sorted({name for schema in schemas for name in _field_names(schema)})
         self.columns = _with_pictures(columns, schemas, path)
         """What the user said, and the column of pictures if it has an unusual name."""
         self._names = [_names_to_read(schema, self.columns) for schema in schemas]
@@ -116,7 +119,9 @@ class TableRows:
             return TableImage(table=table, names=names, row=place, steps=steps, path=path, max_pixels=self.max_pixels)
 
         record = {name: _plain(cells[name], (name,), image) for name in names}
-        return {name: self._mended(name, value) for name, value in record.items()}
+        record = {name: self._mended(name, value) for name, value in record.items()}
+        inner = record.get(_INNER)
+        return {**inner, **record} if isinstance(inner, dict) else record
 
     def _mended(self, name: str, value: Any) -> Any:
         """A value of one of the columns whose form differs between tables."""
@@ -209,6 +214,13 @@ def _with_pictures(columns: Columns, schemas: Sequence[pa.Schema], path: Path) -
             f"{path} holds pictures in {', '.join(known)}; say in which, e.g. --columns images={known[0]}"
         )
     return replace(columns, names={**columns.names, "images": known[0]}) if known else columns
+
+
+def _field_names(schema: pa.Schema) -> list[str]:
+    """The names of the columns, and of what is in the inner record."""
+    index = schema.get_field_index(_INNER)
+    kind = None if index < 0 else schema.field(index).type
+    return [*schema.names, *(kind.names if kind is not None and pa.types.is_struct(kind) else [])]
 
 
 def _names_to_read(schema: pa.Schema, columns: Columns) -> Names:
