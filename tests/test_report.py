@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from tiny_run import EVIL, records, token_spans, write_dataset, write_scores, write_selection
 from tiny_scores import mixed_records, patient
 from visgain import spill, storage
+from visgain.analysis import words
 from visgain.config import ReportConfig
 from visgain.errors import DataError, StorageError
-from visgain.report import figures, samples, words
+from visgain.report import figures, samples
 from visgain.report.counts import count_rows, kept_by_source, summary
 from visgain.report.html import compact, duration, percent, write_report
 from visgain.report.overview import Rows, open_overview
 from visgain.report.results import format_metric, read_results
 from visgain.report.shade import colour_limit, strength
-from visgain.report.source import RowTokens, read_masks, read_rows
+from visgain.scored import RowTokens, read_masks, read_rows
 from visgain.types import Skipped, TokenScores
 
 VOID = {"meta", "link", "img", "br", "path", "rect", "line"}

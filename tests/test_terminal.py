@@ -12,8 +12,8 @@ from rich.console import Console
 from tiny_run import EVIL, records, write_dataset, write_scores
 from visgain.config import ShowConfig
 from visgain.errors import DataError
-from visgain.report.source import RowTokens
 from visgain.report.terminal import TABLE_ROWS, printable, shade, show, token_table
+from visgain.scored import RowTokens
 
 TEXT_ONLY, EVIL_ROW, TWO_IMAGES, SKIPPED = 8, 9, 10, 11
 

@@ -16,17 +16,18 @@ import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from visgain import storage
+from visgain.analysis import words
 from visgain.analysis.truth import auroc, read_truth, roc_curve, token_truth
 from visgain.config import ReportConfig
 from visgain.data import Dataset
 from visgain.errors import DataError
 from visgain.quantile import median
-from visgain.report import figures, samples, words
+from visgain.report import figures, samples
 from visgain.report.counts import Counts, count_rows, kept_by_source, summary
 from visgain.report.overview import Overview, open_overview
 from visgain.report.results import read_results
 from visgain.report.shade import colour_limit
-from visgain.report.source import (
+from visgain.scored import (
     data_path,
     open_scored,
     read_masks,

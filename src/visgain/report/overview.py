@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float64, Int32, Int64
 
 from visgain.errors import DataError, StorageError
-from visgain.report.source import UNNAMED
 from visgain.rules import sum_by_row
+from visgain.scored import UNNAMED
 from visgain.spill import Spill, window
 from visgain.storage import flat_values, list_lengths, read_json, scan_scores, scan_selection
 

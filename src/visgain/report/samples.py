@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 from PIL import Image
 
+from visgain.analysis.words import visible
 from visgain.counterfactuals import Counterfactual, parse_counterfactual
 from visgain.data import Dataset
 from visgain.errors import ImageError
 from visgain.report.overview import Rows
 from visgain.report.shade import strength
-from visgain.report.source import RowTokens
-from visgain.report.words import visible
+from visgain.scored import RowTokens
 from visgain.types import IMAGE_MARK, Sample
 
 THUMBNAIL = 260  # pixels on the longer side

@@ -16,11 +16,12 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from visgain.analysis.words import END_OF_TURN, visible
 from visgain.config import ShowConfig
 from visgain.errors import DataError
 from visgain.report.samples import Piece, answer_pieces, number_images, signed
 from visgain.report.shade import colour_limit, strength
-from visgain.report.source import (
+from visgain.scored import (
     UNNAMED,
     RowTokens,
     data_path,
@@ -30,7 +31,6 @@ from visgain.report.source import (
     row_tokens,
     scored_sample,
 )
-from visgain.report.words import END_OF_TURN, visible
 from visgain.storage import score_schema
 from visgain.types import Sample
 
