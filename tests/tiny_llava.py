@@ -29,16 +29,17 @@ CORPUS = [
 ] * 4
 
 
-def vicuna_like(manner: str) -> PreTrainedTokenizerFast:
+def vicuna_like(manner: str, *, sees: bool = True) -> PreTrainedTokenizerFast:
     """Words carry the space before them as a mark, digits stand alone, bytes are the last resort, BOS is added.
 
     `manner` is where else a mark stands: "legacy" (behind every special token, by a normalizer, as converted Llama
     tokenizers have it), "always" (the same by the pre-tokenizer), "first" (only where a text begins).
+    Without `sees` it has no image token, as Vicuna's own.
     """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always"), digits])
-    special = ["<unk>", "<s>", "</s>", "<image>", *(f"<0x{value:02X}>" for value in range(256))]
+    special = ["<unk>", "<s>", "</s>", *["<image>"] * sees, *(f"<0x{value:02X}>" for value in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=620, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     if manner == "legacy":
@@ -57,7 +58,7 @@ def vicuna_like(manner: str) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
+        **({"extra_special_tokens": {"image_token": "<image>"}} if sees else {}),
     )
 
 
