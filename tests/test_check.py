@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -217,10 +218,10 @@ def test_one_bos_is_right_from_template_or_tokenizer(template: str, adds: bool, 
     assert "doubled-bos" not in found(vlm, data)
 
 
-def test_a_second_bos_that_visgain_leaves_out_is_a_note_for_other_trainers(vlm: VLM, data: Path) -> None:
+def test_a_second_bos_that_visgain_leaves_out_is_told_for_other_trainers(vlm: VLM, data: Path) -> None:
     adding_bos(vlm)
     finding = found(vlm, data)["doubled-bos"]
-    assert finding.severity == "note"
+    assert finding.severity == "warning"
     assert "add_special_tokens=False" in finding.mend
 
 
@@ -260,7 +261,8 @@ def test_labels_that_include_the_prompt_are_found(template: str, label: str, vlm
 
 def test_marks_around_answers_alone_are_right(vlm: VLM, data: Path) -> None:
     vlm.processor.chat_template = marked(
-        " {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}{{ part['text'] }}",
+        " {% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}{{ part['text'] }}",
         ENDS,
     )
     assert not {"supervised-prompt", "unsupervised-answer", "skipped-rows"} & set(found(vlm, data))
@@ -431,6 +433,14 @@ def test_pictures_that_come_again_are_counted_by_content(tmp_path: Path) -> None
     finding = found_in_data(data)["same-pictures"]
     assert "6 rows are about 5 different pictures" in finding.what
     assert "1 picture probably" in finding.what
+
+
+def test_the_documentation_names_every_check() -> None:
+    source = Path(data_checks.__file__).parent
+    known = set(re.findall(r'check="([a-z-]+)"', "".join(path.read_text() for path in source.glob("*_checks.py"))))
+    table = (Path(__file__).parents[1] / "docs/check.md").read_text().partition("| stage |")[2].partition("\n\n")[0]
+    told = {name for name in re.findall(r"`([a-z-]+)`", table) if not name.startswith("--")}
+    assert told == known | {"model"}
 
 
 # ---------------------------------------------------------------- which rows

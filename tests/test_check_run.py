@@ -144,6 +144,20 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+def test_gain_per_image_is_measured_too(blank_model: Path, tmp_path: Path) -> None:
+    several = [{**row, "image": [f"pics/{k}.png", "pics/0.png"]} for k, row in enumerate(rows(3))]
+    several[1:] = [
+        {**row, "conversations": [{**row["conversations"][0], "value": "Same?"}, row["conversations"][1]]}
+        for row in several[1:]
+    ]
+    data = write(tmp_path, several)
+    checked = run_check(CheckConfig(model=str(blank_model), data=data, sample=3, per_image=True))
+    assert checked.measured is not None
+    assert checked.measured.failure == ""
+    assert all(len(score.nll_blind_image) == 2 for score in checked.measured.scores)
+    assert "unusable-rows" in named(checked), "the first row has two pictures and one mark"
+
+
 # ---------------------------------------------------------------- scoring a few rows
 
 
@@ -268,6 +282,12 @@ def test_a_dataset_that_cannot_be_used_is_a_finding(
     assert says in finding.what
     assert says in printed(checked)
     assert json.loads(json.dumps(checked.as_json()))["errors"] is True
+
+
+def test_an_image_root_that_is_not_there_is_told_with_the_one_that_works(blank_model: Path, data: Path) -> None:
+    checked = run_check(CheckConfig(model=str(blank_model), data=data, image_root=Path("/nowhere/at/all")))
+    assert "/nowhere/at/all" in named(checked)["data"].what
+    assert named(checked)["data"].mend.endswith(f"--image-root {data.parent}")
 
 
 def test_a_model_that_is_not_there_leaves_what_the_dataset_tells(data: Path, tmp_path: Path) -> None:

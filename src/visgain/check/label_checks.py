@@ -125,8 +125,8 @@ def doubled_bos(facts: Reading) -> Finding | None:
         return None
     return Finding(
         check="doubled-bos",
-        severity="note",
-        what="the chat template writes BOS and the tokenizer adds one more; visgain leaves the second out",
+        severity="warning",
+        what="the chat template writes BOS and the tokenizer adds one more; visgain leaves it out, others may not",
         seen=shortened(facts.tokenizer.bos_token * 2 + " ..."),
         mend="a trainer that tokenises the template's text itself must do so with add_special_tokens=False",
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from visgain.check.reading import Reading, told
@@ -25,7 +26,7 @@ from visgain.scoring.engine import WAYS, Choice, Engine, Extent
 from visgain.scoring.feed import Feed
 from visgain.scoring.forward import answer_nll
 from visgain.scoring.plan import Plan, make_plan
-from visgain.storage import score_table, write_part
+from visgain.storage import PER_IMAGE_SCHEMA, SCORE_SCHEMA, score_table, write_part
 from visgain.types import Sample, Skipped, TokenScores
 from visgain.vlm.float8 import make_draft
 from visgain.vlm.load import VLM
@@ -34,7 +35,7 @@ UNITS, ROWS = 24, 96
 """Units of the plan, and rows in them, that are scored at most."""
 
 SLOW = 0.5
-"""Seconds for one plain forward over a middling row from which on the ways of scoring are not tried: the self-check takes some sixty."""
+"""Seconds for one plain forward over a middling row. Beyond, the ways are not compared, which takes some sixty."""
 
 SLOW_SECONDS = 20.0
 """For such a model, about so long is spent on measuring."""
@@ -168,7 +169,7 @@ def _scored(
         timed, found = _timed(scorer, plan, part)
         parts.append(timed)
         records += found
-    token_bytes, part_bytes = _disk(records)
+    token_bytes, part_bytes = _disk(records, PER_IMAGE_SCHEMA if config.per_image else SCORE_SCHEMA)
     return Measured(
         way=choice.way,
         rejected=choice.rejected,
@@ -202,12 +203,12 @@ def _timed(scorer: run.Scorer, plan: Plan, part: int) -> tuple[Timed, list[Token
     return timed, records
 
 
-def _disk(records: Sequence[TokenScores | Skipped]) -> tuple[float, float]:
+def _disk(records: Sequence[TokenScores | Skipped], schema: pa.Schema) -> tuple[float, float]:
     """Bytes on disk of one more answer token, and of a part apart from those: the difference that more rows make."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = []
         for number, some in enumerate((records, records[::2])):
-            write_part(Path(folder), number, 2, score_table(some))
+            write_part(Path(folder), number, 2, score_table(some, schema))
             size = next(Path(folder).glob(f"part-{number:05d}-*")).stat().st_size
             sizes.append((size, sum(len(one.token_id) for one in some if isinstance(one, TokenScores))))
     (size, tokens), (less, fewer) = sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from visgain.check import data_checks, label_checks, run_checks
@@ -32,11 +33,11 @@ def run_check(config: CheckConfig) -> Checked:
     parse_counterfactual(config.counterfactual)
     find_profile(config.template)
     stages = _Stages()
-    dataset = stages.do("data", lambda: run._open_dataset(config))
+    dataset = stages.do("data", lambda: run._open_dataset(config), mend=_right_root(config))
     seen = None if dataset is None else stages.do("data", lambda: _scan(config, dataset))
     stages.found += [] if seen is None else findings(data_checks.CHECKS, seen)
-    vlm = stages.do("model", lambda: _load(config))
-    if dataset is None or seen is None or vlm is None or not seen.rows:
+    vlm = stages.do("model", lambda: _load(config)) if seen is not None and seen.rows else None
+    if dataset is None or seen is None or vlm is None:
         return stages.end(config, seen, vlm)
     rows = sample_rows(seen, config.sample)
     reading = stages.do(
@@ -89,6 +90,19 @@ class _Stages:
             estimate=whole,
             findings=self.found,
         )
+
+
+def _right_root(config: CheckConfig) -> str:
+    """What to say instead of an image folder that does not exist; "" if that is not what is wrong, or nobody knows."""
+    if config.image_root is None or config.image_root.is_dir():
+        return ""
+    try:
+        dataset = run._open_dataset(replace(config, image_root=None))
+        pictures = _scan(config, dataset).pictures
+    except VisgainError:
+        return ""
+    root = pictures.better_root if pictures.unusable else dataset.image_root
+    return "" if root is None else f"the pictures lie there: --image-root {root}"
 
 
 def _scan(config: CheckConfig, dataset: Dataset) -> Scan:
