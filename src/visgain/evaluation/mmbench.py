@@ -2,8 +2,8 @@
 arXiv 2307.06281.
 
 Data: TSV `index, question, hint, A, B, C, D, answer, category, image, ...` with pictures as base64, or the hub's
-lmms-lab/MMBench. The rotations of question i have the index i + k * 1,000,000. Releases differ in rows (LLaVA's dev file
-of July 2023 has 4,377 for 1,176 questions), and scores of different releases are not comparable.
+lmms-lab/MMBench. The rotations of question i have the index i + k * 1,000,000. Releases differ in rows (LLaVA's dev
+file of July 2023 has 4,377 for 1,176 questions), and scores of different releases are not comparable.
 
 Circular (the published number): a question counts if every rotation is right. Vanilla: the unrotated rows alone.
 
