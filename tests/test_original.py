@@ -227,3 +227,13 @@ def test_the_command_line_says_what_it_wrote_or_why_not(tmp_path: Path, capsys: 
     assert capsys.readouterr().out == f"model: {tmp_path / 'hf'}\n"
     assert main([checkpoint, str(tmp_path / "hf")]) == 1
     assert "is there already" in capsys.readouterr().err
+
+
+def test_an_original_folder_given_as_model_is_pointed_to_its_conversion(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "llava", Original(), "one .bin", tower=True)
+    with pytest.raises(ModelError, match=r"convert it once: python -m visgain\.vlm\.original .*llava llava-hf"):
+        load_vlm(str(checkpoint))
+    (checkpoint / "mm_projector.bin").touch()
+    (checkpoint / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match=r"holds a projector alone; give the model .* --projector .*mm_projector\.bin"):
+        load_vlm(str(checkpoint))

@@ -6,7 +6,8 @@ Safetensors only, and no remote code unless asked for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,31 @@ class VLM:
         raise ModelError(f"{self.name}: the model's configuration names no image token; is it a vision-language model?")
 
 
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one of the original LLaVA code's: it names parts where Hugging Face's describes them."""
+    return "vision_config" not in config and ("mm_vision_tower" in config or "mm_projector_type" in config)
+
+
+def _refuse_original(folder: Path) -> None:
+    """Raises ModelError for a folder of the original LLaVA code, with the way to use it."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # transformers says what is wrong with it
+    if not isinstance(config, dict) or not is_original(config):
+        return
+    projector = folder / "mm_projector.bin"
+    weights = [*folder.glob("pytorch_model*"), *folder.glob("model*.safetensors")]
+    if projector.is_file() and not weights:
+        raise ModelError(
+            f"{folder} holds a projector alone; give the model that it goes into and --projector {projector}"
+        )
+    raise ModelError(
+        f"{folder} is a checkpoint of the original LLaVA code; convert it once: "
+        f"python -m visgain.vlm.original {folder} {folder.name}-hf"
+    )
+
+
 def resolve_model(name: str) -> str:
     """`name` as from_pretrained takes it. Raises ModelError if it looks like a folder and is not a model's."""
     if name == "embedded":
@@ -62,6 +88,7 @@ def resolve_model(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name} is a folder without config.json; give the folder of a Hugging Face model")
+        _refuse_original(path)
         return str(path)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
     if path.exists() or looks_local:

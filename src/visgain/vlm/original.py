@@ -36,6 +36,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from visgain.errors import ModelError, VisgainError
 from visgain.storage import storage_errors
 from visgain.types import IMAGE_MARK
+from visgain.vlm.load import is_original
 from visgain.vlm.projector import projector_tensors, read_tensors
 
 LANGUAGES = {"Llama": "llama", "Mistral": "mistral", "Qwen": "qwen2"}
@@ -58,11 +59,6 @@ BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|position_ids)")
 """What old checkpoints keep that is computed today."""
 
 KNOWN_TOWER = "clip-vit-large-patch14-336"
-
-
-def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of the original code's: it names parts, where Hugging Face's has them inside."""
-    return "vision_config" not in config and ("mm_vision_tower" in config or "mm_projector_type" in config)
 
 
 def convert(checkpoint: Path, out: Path, vision: str | None = None) -> Path:
