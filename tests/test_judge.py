@@ -270,6 +270,15 @@ def test_recorded_judgements_are_a_judge(tmp_path: Path) -> None:
     assert sorted({one.run for one in both}) == [1, 2, 3, 4]
 
 
+def test_reviews_of_others_belong_to_the_answers_that_they_were_replayed_for(tmp_path: Path) -> None:
+    path = tmp_path / "grades.json"
+    path.write_text(json.dumps({question.id: {"content": ["0.5"]} for question in QUESTIONS}))
+    said = judge_answers(BENCHMARK, QUESTIONS, PREDICTIONS, JudgeOptions(judge=str(path)))
+    assert judged(QUESTIONS, PREDICTIONS, said) == [("0.5",)] * 12
+    with pytest.raises(DataError, match="is of another answer"):
+        judged(QUESTIONS, [*PREDICTIONS[1:], "x"], said)
+
+
 def lines(n: int = 12, **changes: Any) -> list[dict[str, Any]]:
     return [{"benchmark": "mmvet", "id": f"v1_{i}", "judgement": "0.5", **changes} for i in range(n)]
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,11 @@ def replayed(
         runs = max((judgement.run for judgement in found), default=0)
         found += _recorded(benchmark, questions, path, runs)
     by_run = _by_run(questions, predictions, found, ", ".join(map(str, paths)))
-    return [judgement for judgements in by_run for judgement in judgements]
+    return [
+        replace(judgement, meta={**judgement.meta, "answer": short_hash(said)})  # from here on they belong together
+        for judgements in by_run
+        for judgement, said in zip(judgements, predictions, strict=True)
+    ]
 
 
 def judged(
@@ -133,7 +137,7 @@ def _recorded(benchmark: JudgedBenchmark, questions: Sequence[Question], path: P
     """The judgements in one file; its runs are counted on from `before`."""
     if _is_ours(path):
         ours = read_judgements(path, benchmark.name)
-        return [Judgement(**{**_fields(one), "run": one.run + before}) for one in ours]
+        return [replace(one, run=one.run + before) for one in ours]
     meta = {"judge": f"recorded in {path.name}"}
     return [
         Judgement(benchmark=benchmark.name, split=split, id=name, run=before + run, judgement=text, meta=meta)
@@ -150,10 +154,6 @@ def _is_ours(path: Path) -> bool:
         except (ValueError, RecursionError):
             return False
     return isinstance(first, dict) and "judgement" in first
-
-
-def _fields(judgement: Judgement) -> dict[str, Any]:
-    return {name: getattr(judgement, name) for name in judgement.__dataclass_fields__}
 
 
 def _by_run(
