@@ -234,8 +234,8 @@ def overflowing(blank_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         vlm.model.get_input_embeddings().weight[letter] *= 1e6
     vlm.model.save_pretrained(tmp_path / "model")
     vlm.processor.save_pretrained(tmp_path / "model")
-    real = run._dtype
-    monkeypatch.setattr(run, "_dtype", lambda config: "float16" if real(config) == "float32" else real(config))
+    real = run.run_dtype
+    monkeypatch.setattr(run, "run_dtype", lambda config: "float16" if real(config) == "float32" else real(config))
     return tmp_path / "model"
 
 
@@ -265,8 +265,8 @@ QUESTIONS = ["What is this?"] * 8 + ["What is Z?", "Is this Z?"]
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The dtypes that the model is loaded in from now on."""
     dtypes: list[str] = []
-    real = run._load
-    monkeypatch.setattr(run, "_load", lambda config, dtype: dtypes.append(dtype) or real(config, dtype))
+    real = run.load_model
+    monkeypatch.setattr(run, "load_model", lambda config, dtype: dtypes.append(dtype) or real(config, dtype))
     return dtypes
 
 

@@ -103,18 +103,18 @@ class Chosen:
 
 def measure(config: ScoreConfig, vlm: VLM, dataset: Dataset, reading: Reading) -> Measured:
     """Score some rows of `reading` as `config` says. What goes wrong comes back as `failure`."""
-    workers = run._workers(config, vlm)
+    workers = run.n_workers(config, vlm)
     try:
         counterfactual = parse_counterfactual(config.counterfactual)
-        with run._computing_with(run._threads(vlm)):
+        with run.computing_with(run.n_threads(vlm)):
             pace = _forward_seconds(vlm, reading)
             chosen = Chosen(dataset, _rows(reading, pace))
             if not len(chosen):
                 return Measured()  # why is told of each row
-            source = replace(run._source(config, dataset, counterfactual, vlm), dataset=chosen)
+            source = replace(run.make_feed(config, dataset, counterfactual, vlm), dataset=chosen)
             plan = make_plan(chosen, len(chosen), part_rows=-(-len(chosen) // 2))
             wanted = list(WAYS) if config.way == "auto" else [config.way]
-            vlm, choice = run._checked(config, source, vlm, plan, wanted) if pace < SLOW else (vlm, _untried(config))
+            vlm, choice = run.checked_way(config, source, vlm, plan, wanted) if pace < SLOW else (vlm, _untried(config))
             return _scored(config, vlm, choice, source, plan, workers, tried=pace < SLOW)
     except VisgainError as error:
         return Measured(failure=str(error))

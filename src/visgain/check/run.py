@@ -33,7 +33,7 @@ def run_check(config: CheckConfig) -> Checked:
     parse_counterfactual(config.counterfactual)
     find_profile(config.template)
     stages = _Stages()
-    dataset = stages.do("data", lambda: run._open_dataset(config), mend=_right_root(config))
+    dataset = stages.do("data", lambda: run.scored_dataset(config), mend=_right_root(config))
     seen = None if dataset is None else stages.do("data", lambda: _scan(config, dataset))
     stages.found += [] if seen is None else findings(data_checks.CHECKS, seen)
     vlm = stages.do("model", lambda: _load(config)) if seen is not None and seen.rows else None
@@ -97,7 +97,7 @@ def _right_root(config: CheckConfig) -> str:
     if config.image_root is None or config.image_root.is_dir():
         return ""
     try:
-        dataset = run._open_dataset(replace(config, image_root=None))
+        dataset = run.scored_dataset(replace(config, image_root=None))
         pictures = _scan(config, dataset).pictures
     except VisgainError:
         return ""
@@ -111,11 +111,11 @@ def _scan(config: CheckConfig, dataset: Dataset) -> Scan:
 
 def _load(config: CheckConfig) -> VLM:
     """The model, if it fits: one that does not would take the machine down with it. Raises ModelError."""
-    device, dtype = pick_device(config.device), run._dtype(config)
+    device, dtype = pick_device(config.device), run.run_dtype(config)
     needed, there = (4 if dtype == "float32" else 2) * parameters(config.model), device_bytes(device)
     if there and needed > there:
         raise ModelError(
             f"{config.model} takes {in_bytes(needed)} in {dtype}, and {device} has {in_bytes(there)}: "
             "use a smaller --dtype, another --device, or a larger machine"
         )
-    return run._load(config, dtype)
+    return run.load_model(config, dtype)

@@ -126,7 +126,7 @@ class Scorer:
     @cached_property
     def _wider(self) -> Engine:
         """The same with numbers of a wider range, loaded when the first row needs it."""
-        return replace(self.engine, vlm=_load(self.config, "bfloat16"))
+        return replace(self.engine, vlm=load_model(self.config, "bfloat16"))
 
 
 def is_finite(record: TokenScores) -> bool:
@@ -155,11 +155,11 @@ def run_score(config: ScoreConfig) -> ScoreSummary:
 
 def _compare_draft(config: ScoreConfig) -> None:
     """A finished draft against the dtype that the device would have had by default."""
-    dataset = _open_dataset(config)
-    vlm = _load(config, _best_dtype(config))
-    source = _source(replace(config, per_image=False), dataset, parse_counterfactual(config.counterfactual), vlm)
+    dataset = scored_dataset(config)
+    vlm = load_model(config, _best_dtype(config))
+    source = make_feed(replace(config, per_image=False), dataset, parse_counterfactual(config.counterfactual), vlm)
     plan = read_plan(config.out, read_json(config.out / "run.json", "scores")["n_parts"])
-    with _computing_with(_threads(vlm)):
+    with computing_with(n_threads(vlm)):
         compare_draft(config.out, plan, source, vlm)
 
 
@@ -168,8 +168,8 @@ def score_rest(config: ScoreConfig, rank: Rank) -> None:
     scorer, plan = open_run(config)
     if config.per_image and rank.number == 0:
         tqdm.write(f"visgain: --per-image computes {plan.per_image_cost:.1f} times as much as without", file=sys.stderr)
-    threads = _threads(scorer.engine.vlm)
-    with _computing_with(threads), Progress(config.out, plan, shown=rank.number == 0) as progress:
+    threads = n_threads(scorer.engine.vlm)
+    with computing_with(threads), Progress(config.out, plan, shown=rank.number == 0) as progress:
         while missing := sorted(set(range(plan.n_parts)) - finished_parts(config.out, plan.n_parts)):
             if not score_parts(scorer, plan, rotated(missing, rank.number, rank.world), progress):
                 time.sleep(1)  # other processes have what is left; if one dies, its part is free
@@ -258,9 +258,9 @@ def open_run(config: ScoreConfig) -> tuple[Scorer, Plan]:
     """Check the cheap things first: options, dataset, then the model; then plan, or read the plan of a run begun."""
     counterfactual = parse_counterfactual(config.counterfactual)
     find_profile(config.template)  # a mistyped name is told before the model is loaded
-    dataset = _open_dataset(config)
-    vlm = _load(config, _dtype(config))
-    source = _source(config, dataset, counterfactual, vlm)
+    dataset = scored_dataset(config)
+    vlm = load_model(config, run_dtype(config))
+    source = make_feed(config, dataset, counterfactual, vlm)
     with alone(config.out, "run"):
         known = (config.out / "run.json").exists()
         if known:
@@ -271,7 +271,7 @@ def open_run(config: ScoreConfig) -> tuple[Scorer, Plan]:
             n_rows = min(len(dataset), config.limit or len(dataset))
             plan = make_plan(dataset, n_rows, config.part_rows)
         wanted = [record["way"]] if known else list(WAYS) if config.way == "auto" else [config.way]
-        vlm, choice = _checked(config, source, vlm, plan, wanted)
+        vlm, choice = checked_way(config, source, vlm, plan, wanted)
         if not known:
             write_plan(config.out, plan)
             claim_run(config.out, _identity(config, source, vlm), _record_of(config, source, vlm, plan, choice.way))
@@ -279,10 +279,10 @@ def open_run(config: ScoreConfig) -> tuple[Scorer, Plan]:
         make_draft(vlm.model)  # after the check, which needs better numbers
     pack_tokens = config.batch_tokens or PACK_TOKENS.get(vlm.device.type, PACK_TOKENS["cpu"])
     engine = Engine(vlm=vlm, way=choice.way, pack_tokens=pack_tokens, tried=choice.tried)
-    return Scorer(engine=engine, source=source, config=config, workers=_workers(config, vlm)), plan
+    return Scorer(engine=engine, source=source, config=config, workers=n_workers(config, vlm)), plan
 
 
-def _open_dataset(config: ScoreConfig) -> Dataset:
+def scored_dataset(config: ScoreConfig) -> Dataset:
     return open_dataset(
         config.data,
         config.image_root,
@@ -293,7 +293,7 @@ def _open_dataset(config: ScoreConfig) -> Dataset:
     )
 
 
-def _source(config: ScoreConfig, dataset: Dataset, counterfactual: Counterfactual, vlm: VLM) -> Feed:
+def make_feed(config: ScoreConfig, dataset: Dataset, counterfactual: Counterfactual, vlm: VLM) -> Feed:
     return Feed(
         dataset=dataset,
         encoder=make_encoder(vlm, config.template, config.max_length),
@@ -304,7 +304,7 @@ def _source(config: ScoreConfig, dataset: Dataset, counterfactual: Counterfactua
     )
 
 
-def _checked(config: ScoreConfig, source: Feed, vlm: VLM, plan: Plan, ways: Sequence[str]) -> tuple[VLM, Choice]:
+def checked_way(config: ScoreConfig, source: Feed, vlm: VLM, plan: Plan, ways: Sequence[str]) -> tuple[VLM, Choice]:
     """The model in a dtype that holds its numbers, and the first of `ways` that computes as it does alone."""
     fed = (source[0, rows] for rows in probe_units(plan, PROBE_ROWS))
     probes = list(itertools.islice((unit for item in fed for unit in item.units), PROBE_UNITS))
@@ -314,7 +314,7 @@ def _checked(config: ScoreConfig, source: Feed, vlm: VLM, plan: Plan, ways: Sequ
     probes = [with_longest(probes[0], longest), *probes[1:]]
     choice = choose_way(vlm, probes, ways)
     if not choice.finite and config.dtype == "auto" and vlm.model.dtype == torch.float16:
-        vlm = _load(config, "bfloat16")
+        vlm = load_model(config, "bfloat16")
         choice = choose_way(vlm, probes, ways)
     return vlm, choice
 
@@ -324,7 +324,7 @@ def _most_positions(vlm: VLM) -> int:
     return most if isinstance(most, int) and most > 0 else 1 << 30
 
 
-def _load(config: ScoreConfig, dtype: str) -> VLM:
+def load_model(config: ScoreConfig, dtype: str) -> VLM:
     device = config.device
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{Rank.here().local % torch.cuda.device_count()}"  # a GPU for each process of a machine
@@ -335,7 +335,7 @@ def _load(config: ScoreConfig, dtype: str) -> VLM:
     )
 
 
-def _dtype(config: ScoreConfig) -> str:
+def run_dtype(config: ScoreConfig) -> str:
     """The user's dtype, else that of the run begun in the folder, else what the device is good at."""
     if config.dtype != "auto":
         return config.dtype
@@ -350,23 +350,23 @@ def _best_dtype(config: ScoreConfig) -> str:
     return "float16" if pick_device(config.device).type == "cuda" else "float32"
 
 
-def _workers(config: ScoreConfig, vlm: VLM) -> int:
+def n_workers(config: ScoreConfig, vlm: VLM) -> int:
     if config.workers is not None:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # The model's threads would wait for one whose core a worker has.
-    busy = 1 if vlm.device.type == "cuda" else _threads(vlm)
+    busy = 1 if vlm.device.type == "cuda" else n_threads(vlm)
     return max(0, min(4 if vlm.device.type == "cuda" else 1, cores - busy))
 
 
-def _threads(vlm: VLM) -> int:
+def n_threads(vlm: VLM) -> int:
     """Threads to compute with: those of a small model on a CPU wait more than they work."""
     small = vlm.device.type == "cpu" and vlm.model.num_parameters() < SMALL_MODEL
     return 1 if small else torch.get_num_threads()
 
 
 @contextmanager
-def _computing_with(threads: int) -> Iterator[None]:
+def computing_with(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
