@@ -218,7 +218,7 @@ def png(k: int) -> bytes:
         ({"label": None}, "line 2 .*'label' is None, not a string"),
         ({"text": 5}, "line 2 .*'text' is 5"),
         ({"text": "\ud800"}, "line 2 .*surrogate"),
-        ({"image": 3}, "line 2 .*'image' is 3, not the name of an image"),
+        ({"image": 3}, "line 2 .*'image' is 3, not a picture"),
         ({"question_id": None}, "line 2 .*'question_id' is None"),
         ({"question_id": 1.0}, "line 2 .*'question_id' is 1.0"),
         ({"question_id": 1}, "1 ids more than once: coco/random/1"),

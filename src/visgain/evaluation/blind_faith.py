@@ -26,7 +26,6 @@ from typing import Literal
 
 import numpy as np
 
-from visgain.data.images import ImageFile
 from visgain.evaluation.benchmark import Item, Metric, Question, Scored, Weights, ratio
 from visgain.evaluation.docvqa import distance
 from visgain.evaluation.hub import files, local_copy
@@ -151,7 +150,7 @@ def _questions(row: Record, name: str, suffix: str, root: Path, *, is_first: boo
     question = row.text("question").removesuffix(suffix) + suffix
     told = TEMPLATE.format(text=text, question=question)
     facts = {"answers": _answers(row), "text": row.text("question")}
-    images = (_image(row, root),)
+    images = (row.image("image", root),)
 
     def asked(split: str, prompt: str, images: tuple[ImageRef, ...]) -> Question:
         return Question(id=name, split=split, prompt=prompt, images=images, facts=facts, cluster=name)
@@ -172,10 +171,3 @@ def _answers(row: Record) -> list[str]:
     if not isinstance(answers, list) or not answers or not all(isinstance(one, str) and one.strip() for one in answers):
         raise row.wrong(field_named(row, ("answers", "answer")), "an answer or a list of answers")
     return answers
-
-
-def _image(row: Record, root: Path) -> ImageRef:
-    value = row.fields.get("image")
-    if isinstance(value, ImageRef):
-        return value
-    return ImageFile(root=root, path=row.text("image"))

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from visgain.data.images import ImageFile
 from visgain.evaluation import choice
 from visgain.evaluation.benchmark import Item, Metric, Question, Scored, average, ratio
 from visgain.evaluation.hub import files, local_copy
@@ -93,16 +92,13 @@ def _question(row: Record, root: Path) -> Question:
     if answer not in choices:
         raise row.wrong("answer", f"one of {', '.join(f'({letter})' for letter in choices)}")
     kind = row.one_of("type", TYPES)
-    embedded = row.fields.get("image")
-    name = row.text("filename") if row.has("filename") else ""
-    image = ImageFile(root=root, path=name) if embedded is None or isinstance(embedded, str) else embedded
     prompt = row.text("prompt") if row.has("prompt") else _prompt(row.text("question"), choices)
     facts = {"answer": answer, "choices": choices, "type": kind}
     return Question(
         id=row.id("idx"),
         split=kind,
         prompt=prompt + SUFFIX,
-        images=(image,),
+        images=(row.image("image" if "image" in row.fields else "filename", root),),
         facts=facts | {"source": row.one_of("source", SOURCES), "task": row.one_of("task", TASKS)},
         cluster=row.text("source_filename") if row.has("source_filename") else "",
     )

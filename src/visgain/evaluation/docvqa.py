@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from visgain.data.images import ImageFile
 from visgain.errors import DataError
 from visgain.evaluation.benchmark import Item, Question, Scored, mean
 from visgain.evaluation.hub import files, local_copy
@@ -86,15 +85,12 @@ def _question(row: Record, root: Path) -> Question:
     answers = row.texts("answers")
     if not answers:
         raise row.wrong("answers", "a list with an answer")
-    image = row.fields.get("image")
-    if image is None:
-        raise row.wrong("image", "the name of an image")
     document = str(row.fields.get("docId", ""))
     page = str(row.fields.get("ucsf_document_page_no", ""))
     return Question(
         id=row.id("questionId"),
         prompt=row.text("question") + LLAVA,
-        images=(ImageFile(root=root, path=row.text("image")) if isinstance(image, str) else image,),
+        images=(row.image("image", root),),
         facts={"answers": list(answers), "text": row.text("question")},
         cluster=f"{document}/{page}" if document else "",
     )

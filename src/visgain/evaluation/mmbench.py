@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL.Image import Image
 
-from visgain.data.images import ImageFile, decode
+from visgain.data.images import decode
 from visgain.errors import DataError
 from visgain.evaluation import choice
 from visgain.evaluation.benchmark import Item, Metric, Question, Scored, ratio
@@ -178,10 +178,6 @@ def _image(row: Record, rows: Mapping[str, Record], root: Path) -> ImageRef:
         if value not in rows:
             raise row.wrong(name, "the index of a row in this file")
         value = rows[value].fields[name]
-    if isinstance(value, ImageRef):
-        return value
-    if not isinstance(value, str) or not value:
-        raise row.wrong(name, "a picture")
-    if name == "image_path":
-        return ImageFile(root=root, path=value)
-    return Base64Image(name=f"image of {row.where}", text=value)
+    if name == "image" and isinstance(value, str) and value:
+        return Base64Image(name=f"image of {row.where}", text=value)
+    return row.image(name, root)

@@ -25,7 +25,6 @@ from visgain.data.images import ImageFile
 from visgain.evaluation.benchmark import Item, Metric, Question, Scored, average, ratio
 from visgain.evaluation.hub import files, local_copy
 from visgain.evaluation.records import Record, field_named, read_records, unique
-from visgain.types import ImageRef
 
 SETS, STRATEGIES = ("coco", "aokvqa", "gqa"), ("random", "popular", "adversarial")
 SUFFIX = "\nAnswer the question using a single word or phrase."  # LLaVA's; others ask otherwise
@@ -168,20 +167,15 @@ def _question(row: Record, path: Path, image_root: Path | None) -> Question:
     label = row.text(field_named(row, ("label", "answer"))).strip().lower()
     if label not in ("yes", "no"):
         raise row.wrong(field_named(row, ("label", "answer")), "yes or no")
-    picture: ImageRef
-    if isinstance(embedded := row.fields.get("image"), str):
-        image, picture = embedded, ImageFile(root=image_root or path.parent, path=embedded)
-    elif embedded is not None and hasattr(embedded, "open"):
-        image, picture = row.text("image_source"), embedded
-    else:
-        raise row.wrong("image", "the name of an image")
+    picture = row.image("image", image_root or path.parent)
+    image = PurePosixPath(row.text("image" if isinstance(picture, ImageFile) else "image_source")).stem
     return Question(
         id=row.id("question_id"),
         split=f"{group}/{strategy}" if strategy else group,
         prompt=text + SUFFIX,
         images=(picture,),
-        facts={"label": label, "text": text, "image": PurePosixPath(image).stem},
-        cluster=f"{group}/{PurePosixPath(image).stem}",
+        facts={"label": label, "text": text, "image": image},
+        cluster=f"{group}/{image}",
     )
 
 

@@ -19,10 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from visgain.data.blocks import TableFile, unpacked
+from visgain.data.images import ImageFile
 from visgain.data.table import TableImage
 from visgain.errors import DataError
 from visgain.evaluation.benchmark import Question
 from visgain.registry import suggest
+from visgain.types import ImageRef
 
 TABLES = {".tsv": "\t", ".csv": ","}
 _MAX_CELL = 1 << 28  # characters; pictures stand in tables as base64
@@ -67,6 +69,15 @@ class Record:
         value = self.text(name)
         if value not in known:
             raise self.wrong(name, f"one of {', '.join(known)}")
+        return value
+
+    def image(self, name: str, root: Path) -> ImageRef:
+        """The picture in field `name`: in the cell itself, or a path relative to `root`. Raises DataError."""
+        value = self._value(name)
+        if isinstance(value, str) and value:
+            return ImageFile(root=root, path=value)
+        if not isinstance(value, ImageRef):
+            raise self.wrong(name, "a picture or the name of one")
         return value
 
     def has(self, name: str) -> bool:
