@@ -19,6 +19,7 @@ VERBS = {
     "check": configs.CheckConfig,
     "score": configs.ScoreConfig,
     "select": configs.SelectConfig,
+    "eval": configs.EvalConfig,
     "train": configs.TrainConfig,
     "report": configs.ReportConfig,
     "show": configs.ShowConfig,
