@@ -354,6 +354,16 @@ def test_a_profiles_length_holds_unless_the_user_says_another() -> None:
     assert make_encoder(model("vicuna")).max_length == 2048
 
 
+def test_the_table_in_the_docs_names_every_profile_and_its_length() -> None:
+    rows = [line.split("|")[2:-1] for line in (Path(__file__).parents[1] / "docs/profiles.md").read_text().splitlines()]
+    [names] = [row for row in rows if row and "`llava-1.5`" in row[0]]
+    [lengths] = [row for row in rows if row and row[0].strip() == "2048"]
+    listed = {
+        name.strip(" `"): int(length) for group, length in zip(names, lengths, strict=True) for name in group.split(",")
+    }
+    assert listed == {name: PROFILES.get(name).max_length for name in PROFILES.names()}
+
+
 def test_an_unknown_template_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UnknownName, match=r"unknown --template 'llava1.5': did you mean 'llava-1.5'\?"):
         find_profile("llava1.5")
