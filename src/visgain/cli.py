@@ -16,6 +16,7 @@ from cyclopts import App, Parameter, Token, convert
 
 import visgain
 from visgain.config import (
+    AnalyzeConfig,
     CheckConfig,
     DemoConfig,
     EvalConfig,
@@ -134,6 +135,31 @@ def evaluate(config: Annotated[EvalConfig, FLAT]) -> None:
 
 
 @app.command
+def analyze(config: Annotated[AnalyzeConfig, FLAT]) -> None:
+    """Look into scores, into a model's attention, or into what a benchmark needs of its pictures."""
+    from dataclasses import replace
+
+    from visgain.tables import as_text
+
+    if config.scores is None:
+        _quiet()
+    if config.benchmarks:
+        from visgain.evaluation.need import score_benchmarks
+
+        config = replace(config, scores=score_benchmarks(config), model=None, data=None, benchmarks="")
+    if config.scores is not None:
+        from visgain.analysis.run import analyze_scores
+
+        tables = analyze_scores(config)
+    else:
+        from visgain.evaluation.attention import analyze_attention
+
+        tables = [analyze_attention(config)]
+    print("\n\n".join(map(as_text, tables)))
+    print(f"tables and figures: {config.out}")
+
+
+@app.command
 def report(config: Annotated[ReportConfig, FLAT]) -> None:
     """Write one self-contained HTML file about scores and selection."""
     from visgain.report.html import write_report
@@ -245,6 +271,7 @@ def _option_names(verb: str) -> list[str]:
         "select": SelectConfig,
         "train": TrainConfig,
         "eval": EvalConfig,
+        "analyze": AnalyzeConfig,
         "report": ReportConfig,
         "show": ShowConfig,
         "world": WorldConfig,

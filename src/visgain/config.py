@@ -253,7 +253,7 @@ class EvalConfig:
     """Longest answer in tokens [default: the benchmark's]."""
     batch_size: int = 16
     """Prompts answered side by side, halved where memory runs out."""
-    template: Literal["auto", "chat", "llava-1.5", "llava-1.5-align"] = "auto"
+    template: str = "auto"
     """Conversation template and image preparation."""
     max_length: int = 2048
     """Longest prompt in tokens, image tokens included."""
@@ -311,6 +311,49 @@ class EvalConfig:
         """Benchmark -> variant; the key is empty where only a variant was said."""
         said = (part.strip().rpartition("=") for part in self.variant.split(",") if part.strip())
         return {name: variant for name, _, variant in said}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig:
+    """What to look into: scores that exist, or a model on a dataset or on benchmarks."""
+
+    out: Path
+    """Folder for the tables (JSON) and figures (SVG)."""
+    scores: Path | None = None
+    """Folder that `visgain score` wrote: gain by source, by class of word, by position."""
+    model: str | None = None
+    """Model folder or hub name: how much it attends to the picture in --data, or what --benchmarks need of it."""
+    data: Path | None = None
+    """The dataset to look at; with --benchmarks, their data as for `eval`; with --scores, the dataset if it moved."""
+    image_root: Path | None = None
+    """Folder that image paths are relative to [default: the data's folder]."""
+    benchmarks: str = ""
+    """Score the questions and right answers of these benchmarks, with commas between: does one need to look?"""
+    part_of_speech: str | None = None
+    """Classes of words by this spaCy pipeline, e.g. en_core_web_sm [default: lists of words]."""
+    rows: int = 200
+    """Rows that attention is measured on, spread evenly over the dataset."""
+    counterfactual: str = "blur"
+    """With --benchmarks: what replaces the real image."""
+    template: str = "auto"
+    """Conversation template and image preparation; `visgain list` shows the names."""
+    max_length: int = 2048
+    """Longest sequence in tokens, image tokens included."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.scores is None) != (self.model is None),
+            "give either --scores, to look into what was measured, or --model with --data, to measure",
+        )
+        _require(self.model is None or self.data is not None, "--model needs --data, what to measure it on")
+        _require(not self.benchmarks or self.model is not None, "--benchmarks needs --model")
+        _require(self.rows >= 1, f"--rows is {self.rows}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,13 +67,25 @@ def word_gains(
     `chars` and `gain` are the answer's tokens in order. Words that the tokens do not cover to the end (the answer was
     cut) are left out.
     """
-    start, end = chars[:, 0], chars[:, 1]
+    spans = [word.span() for word in _WORD.finditer(text)]
+    for (start, end), value in span_gains(spans, chars, gain):
+        yield text[start:end].lower(), value
+
+
+def span_gains(
+    spans: Sequence[tuple[int, int]], chars: Integer[np.ndarray, "A 2"], gain: Float[np.ndarray, " A"]
+) -> Iterator[tuple[tuple[int, int], float]]:
+    """Each span [start, end) of one answer's characters, with the sum of the gains of the tokens that overlap it.
+
+    Spans that the tokens do not cover to the end are left out.
+    """
+    starts, ends = chars[:, 0], chars[:, 1]
     before = np.concatenate([[0.0], np.cumsum(gain, dtype=np.float64)])
-    for word in _WORD.finditer(text):
-        first = int(np.searchsorted(end, word.start(), side="right"))
-        last = int(np.searchsorted(start, word.end(), side="left"))
-        if first < last and end[last - 1] >= word.end():
-            yield word[0].lower(), float(before[last] - before[first])
+    for start, end in spans:
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = int(np.searchsorted(starts, end, side="left"))
+        if first < last and ends[last - 1] >= end:
+            yield (start, end), float(before[last] - before[first])
 
 
 def token_gains(

@@ -83,7 +83,7 @@ class Models:
 def run_eval(config: EvalConfig) -> list[Result]:
     """Every benchmark that is asked for, through the stages that are asked for. Raises VisgainError for any mistake."""
     benchmarks = [BENCHMARKS.get(name)() for name in config.names]  # all names first: a typo must not cost a night
-    asked = {benchmark.name: _questions(config, benchmark) for benchmark in benchmarks}
+    asked = {benchmark.name: read_questions(config, benchmark) for benchmark in benchmarks}
     variants = {benchmark.name: _variant(config, benchmark) for benchmark in benchmarks}
     models, results = Models(config), []
     for benchmark in benchmarks:
@@ -98,7 +98,8 @@ def run_eval(config: EvalConfig) -> list[Result]:
     return results
 
 
-def _questions(config: EvalConfig, benchmark: Benchmark) -> list[Question]:
+def read_questions(config: EvalConfig, benchmark: Benchmark) -> list[Question]:
+    """The benchmark's questions in the user's copy, no two of equal keys. Raises DataError."""
     questions = benchmark.questions(_data(config, benchmark), config.image_root)
     if not questions:
         raise DataError(f"{benchmark.name}: the data holds no questions")
