@@ -398,6 +398,11 @@ def test_a_caption_template_refuses_a_conversation() -> None:
         encoder_of("llava-1.5-align", "small first").encode(make_sample("<image>", "A.", "And?", "B."), [PICTURE])
 
 
+def test_an_answer_that_would_be_taken_for_a_picture_is_refused() -> None:
+    with pytest.raises(EncodingError, match="turn 1 contains '<image>'"):
+        encoder_of("llava-1.5", "small first").encode(make_sample("<image>\nWhat?", "An <image>."), [PICTURE])
+
+
 @pytest.mark.parametrize(("profile", "name"), [("llava-1.5", "small legacy"), ("open-qwen2vl", "small qwen")])
 def test_a_prompt_is_what_stands_before_the_answer(profile: str, name: str) -> None:
     encoder = encoder_of(profile, name)

@@ -14,7 +14,7 @@ from transformers import ProcessorMixin
 
 from visgain.errors import EncodingError
 from visgain.types import IMAGE_MARK, Encoded, Sample, Turn
-from visgain.vlm.encode import error_as_value, finish, prompt_only
+from visgain.vlm.encode import error_as_value, finish, prompt_only, refuse_image_tokens
 from visgain.vlm.profiles import Profile
 
 PAD_COLOUR = (122, 116, 104)
@@ -113,7 +113,11 @@ class FrozenEncoder:
     # ---------------------------------------------------------------- text
 
     def _write(self, turns: Sequence[Turn]) -> list[Piece]:
-        """The conversation without BOS. Raises EncodingError if it has more answers than the template takes."""
+        """The conversation without BOS.
+
+        Raises EncodingError if it has more answers than the template takes, or text that the model takes for a picture.
+        """
+        refuse_image_tokens(turns, {IMAGE_MARK, self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)})
         most, n_answers = self.profile.most_answers, sum(turn.role == "assistant" for turn in turns)
         if most is not None and n_answers > most:
             raise EncodingError(f"--template {self.name} takes {most} answer; this sample has {n_answers}")
