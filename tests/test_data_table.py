@@ -279,6 +279,8 @@ def test_a_film_is_refused(tmp_path: Path) -> None:
         {"texts": {"user": ["What?"], "assistant": ["A cat."]}},
         {"question": "What?", "answer": "A cat."},
         {"prompt": "What?", "response": "A cat."},
+        {"prompt": "What?", "completion": "A cat."},
+        {"prompt": TALK[:1], "completion": TALK[1:]},
         {"messages": TALK, "embedding": [0.5, 0.5], "mask": b"not a picture"},
     ],
 )

@@ -148,11 +148,12 @@ LAYOUTS: Registry[Layout] = Registry(
         "llava": "visgain.data.llava:LLAVA",
         "pairs": "visgain.data.prompts:PAIRS",
         "texts": "visgain.data.finevision:TEXTS",
+        "completions": "visgain.data.completions:COMPLETIONS",
         "prompts": "visgain.data.prompts:PROMPTS",
         "captions": "visgain.data.captions:CAPTIONS",
     },
 )
-ORDER = ("messages", "llava", "texts", "pairs", "prompts", "captions")
+ORDER = ("messages", "llava", "texts", "pairs", "completions", "prompts", "captions")
 """In which layouts are asked; those of other packages come first, because they are more special."""
 
 
