@@ -2,6 +2,8 @@ r"""TRL's prompts with completions, as texts or as lists of messages.
 
     {"prompt": "What is this?", "completion": "A kettle.", "images": [...]}
     {"prompt": [{"role": "user", "content": "What is this?"}], "completion": [...], "images": [...]}
+
+Messages may hold images among their parts, as those of `messages` may.
 """
 
 from __future__ import annotations
