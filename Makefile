@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-integration lint bench bench-gpu embedded-model clean
+.PHONY: demo test test-slow test-integration lint families bench bench-gpu embedded-model clean
 
 demo: .venv/installed
 	$(BIN)/visgain demo
@@ -22,6 +22,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The table of model families in the docs, from the tests.
+families: .venv/installed
+	cd tests && ../$(BIN)/python -m zoo.table
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/select_scale.py

@@ -6,7 +6,7 @@ And random conversations about random pictures to try it on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import numpy as np
@@ -90,6 +90,15 @@ def abouts(draw: st.DrawFn) -> About:
         size=draw(st.sampled_from([SIZES[0], *SIZES])),
         talks=tuple(draw(st.lists(talks(n_pictures), min_size=1, max_size=4))),
     )
+
+
+def fitting(name: str, about: About) -> About:
+    """`about` as the family takes pictures: where they are drawn, or before the first question."""
+    if ZOO[name].pictures == "between turns":
+        return about
+    seeds = about.seeds[:1] if ZOO[name].pictures == "one" else about.seeds
+    bare = [[text.replace("<image>\n", "").replace("<image>", "") for text in talk] for talk in about.talks]
+    return replace(about, seeds=seeds, talks=tuple(("<image>\n" * len(seeds) + talk[0], *talk[1:]) for talk in bare))
 
 
 @lru_cache(maxsize=16)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
 
-from naive import SIZES, About, abouts, built, encoded, naive_nll, naive_pairs, picture, unit, worst
+from naive import SIZES, About, abouts, built, encoded, fitting, naive_nll, naive_pairs, picture, unit, worst
 from tiny_models import make_sample
 from visgain.errors import ModelError
 from visgain.scoring import engine as engine_module
@@ -39,18 +39,6 @@ from zoo.base import randomise
 EXACT = 1e-4  # nats
 MANY_TOKENS = 1 << 30
 EVERYTHING = Extent(tokens=MANY_TOKENS, shared=MANY_TOKENS, pictures=MANY_TOKENS)
-
-WAY = {
-    **dict.fromkeys(("gemma3", "gemma4"), "mutual"),  # the tokens of a picture see each other
-    **dict.fromkeys(("qwen3_5", "lfm2_vl", "minicpmv4_6"), "cached"),  # a state goes from token to token
-    "mllama": "cached",  # cross-attention
-    "molmo2": "cached",  # all tokens of all pictures see each other
-    "ernie4_5_vl_moe": "cached",  # feed-forward parts that take which tokens are a picture's
-    "llama4": "cached",  # the body is not apart from the head
-    **dict.fromkeys(("paligemma", "paligemma2"), "single"),  # the question is read both ways
-    **dict.fromkeys(("blip-2", "instructblip"), "single"),  # the body is not apart from the head
-}
-"""The way that is expected of each family, if it is not the fastest, and what stands against that."""
 
 ONE = About(seeds=(0,), size=SIZES[0], talks=(("<image>\nWhat is this?", "A red cup."), ("<image>\nWhat is", "no")))
 OTHER = About(
@@ -107,8 +95,8 @@ def test_every_way_scores_any_conversations_as_the_naive_loop_does(drawn: list[A
 @settings(deadline=None, max_examples=2)
 @given(drawn=packs, pack_tokens=pack_sizes)
 def test_a_family_is_scored_in_its_way_as_the_naive_loop_does(name: str, drawn: list[About], pack_tokens: int) -> None:
-    assert choice(name).way == WAY.get(name, "shared"), choice(name).rejected
-    drawn = [part for about in drawn for part in apart(name, about)]
+    assert choice(name).way == ZOO[name].way, choice(name).rejected
+    drawn = [part for about in drawn for part in apart(name, fitting(name, about))]
     assert worst(scores(name, choice(name).way, drawn, pack_tokens), naive(name, drawn)) < EXACT
 
 
@@ -153,6 +141,13 @@ def test_no_counterfactual_is_a_gain_of_exactly_zero_in_every_way(name: str) -> 
             engine = Engine(vlm=built(name), way=way, pack_tokens=pack_tokens, tried=EVERYTHING)
             for seen, blind in score(engine, units):
                 assert np.array_equal(seen, blind)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_no_counterfactual_is_a_gain_of_exactly_zero_in_every_family(name: str) -> None:
+    units = [replace(one, blind=one.seen) for one in (unit(name, fitting(name, about)) for about in (OTHER, THIRD))]
+    engine = Engine(vlm=built(name), way=ZOO[name].way, pack_tokens=MANY_TOKENS, tried=EVERYTHING)
+    assert all(np.array_equal(seen, blind) for seen, blind in score(engine, units))
 
 
 # ---------------------------------------------------------------- neighbours
@@ -319,8 +314,8 @@ def test_a_longer_conversation_is_tried_once_and_trusted_from_then_on(monkeypatc
 
 
 def test_a_way_that_was_tried_on_nothing_that_shares_is_tried_again_when_something_does() -> None:
-    late = replace(ONE, talks=(("And", "no", "<image>\nWhat is this?", "A red cup."),))
-    chosen = choose_way(built("instructblip"), [with_longest(unit("instructblip", late), 200)])
+    alone = replace(ONE, talks=ONE.talks[:1])
+    chosen = choose_way(built("instructblip"), [unit("instructblip", alone)])
     assert (chosen.way, chosen.tried.shared) == ("cached", 0), "it is the same as one by one where nothing is shared"
     engine = Engine(vlm=built("instructblip"), way="cached", pack_tokens=MANY_TOKENS, tried=chosen.tried)
     alike = replace(ONE, talks=(("<image>What", "A red cup."), ("<image>What", "no")))
@@ -376,7 +371,7 @@ def test_the_longest_probe_is_as_long_as_asked_for_and_repeats_answers_alone() -
 def test_a_probe_with_a_picture_between_its_answers_can_be_made_long(name: str) -> None:
     row = About(seeds=(0, 1), size=SIZES[0], talks=(("<image>\nWhat is this?", "A", "<image>And?", "A red cup."),))
     found = choose_way(built(name), [with_longest(unit(name, row), 400), unit(name, replace(row, seeds=(2, 3)))])
-    assert found.way == WAY.get(name, "shared"), found.rejected
+    assert found.way == ZOO[name].way, found.rejected
     assert found.tried.tokens == 400
 
 
@@ -490,7 +485,7 @@ HALVES = [
     + [half(name, dtype, pytest.mark.slow) for name in ZOO for dtype in ("float16", "bfloat16")],
 )
 def test_in_16_bits_a_way_is_as_near_to_float32_as_the_models_own_forward(name: str, dtype: torch.dtype) -> None:
-    way = WAY.get(name, "shared")
+    way = ZOO[name].way
     expected, errors = scores(name, "single", MANY), {}
     for each in {way, "single"}:
         engine = Engine(vlm=rounded(name, dtype), way=each, pack_tokens=MANY_TOKENS, tried=EVERYTHING)
@@ -514,7 +509,7 @@ def mean_error(found: Sequence[PerCondition], expected: Sequence[PerCondition]) 
 def test_no_wrong_way_hides_in_the_rounding_of_16_bits(name: str, dtype: torch.dtype) -> None:
     vlm = rounded(name, dtype)
     before = {known: value.clone() for known, value in vlm.model.state_dict().items()}
-    assert choose_way(vlm, probes(name)).way == WAY.get(name, "shared")
+    assert choose_way(vlm, probes(name)).way == ZOO[name].way
     for known, value in vlm.model.state_dict().items():
         assert value.dtype == before[known].dtype
         assert torch.equal(value, before[known])

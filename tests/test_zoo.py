@@ -15,7 +15,7 @@ from visgain.errors import ModelError
 from visgain.scoring.forward import answer_nll
 from visgain.types import Encoded
 from visgain.vlm.batch import signature
-from visgain.vlm.load import load_processor, load_vlm
+from visgain.vlm.load import load_processor
 from visgain.vlm.template import make_encoder
 from zoo import ZOO
 
@@ -45,7 +45,7 @@ def test_another_picture_changes_the_answer_and_the_same_does_not(name: str) -> 
     assert np.abs(one - other).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.pictures == "between turns"])
 def test_two_pictures_are_two_pictures(name: str) -> None:
     vlm, entry = built(name), ZOO[name]
     sample = make_sample("<image>\nWhat is this?", "A red cup.", "<image>And this?", "A dog.", images=2)
@@ -75,27 +75,6 @@ def test_an_answer_token_is_predicted_from_what_is_before_it_alone(name: str) ->
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_supervised_tokens_are_the_answers_and_the_ends_of_turn_in_order(name: str) -> None:
-    vlm, encoded = built(name), encode(name)
-    for number, answer in enumerate(TWO.answers):
-        decoded = vlm.tokenizer.decode(encoded.token_id[encoded.turn == number]).removeprefix(" ")
-        assert decoded in [answer + end for end in ZOO[name].ends]
-    assert encoded.n_image_tokens > 0
-
-
-@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.processor])
-def test_a_saved_model_loads_to_the_same_numbers(name: str, tmp_path: Path) -> None:
-    vlm, encoded = built(name), encode(name)
-    vlm.model.save_pretrained(tmp_path)
-    vlm.processor.save_pretrained(tmp_path)
-    loaded = load_vlm(str(tmp_path), device="cpu")
-    again = ZOO[name].encode(loaded, TWO, [picture(0)])
-    assert np.array_equal(again.input_ids, encoded.input_ids)
-    assert np.array_equal(again.is_answer, encoded.is_answer)
-    assert np.allclose(answer_nll(loaded, [again])[0], answer_nll(vlm, [encoded])[0], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ZOO)
 def test_beside_a_longer_sample_the_numbers_are_the_same(name: str) -> None:
     vlm = built(name)
     short, long = encode(name, SHORT, seed=1), encode(name)
@@ -117,14 +96,6 @@ def test_pictures_of_different_shape_go_together_or_are_refused(name: str) -> No
         assert np.allclose(answer_nll(vlm, [one])[0], other, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.processor])
-def test_a_sample_cut_short_scores_as_the_whole_did(name: str) -> None:
-    vlm, whole = built(name), encode(name)
-    cut = make_encoder(vlm, max_length=len(whole.input_ids) - 4).encode(TWO, [picture(0)])
-    assert cut.truncated
-    assert np.allclose(answer_nll(vlm, [cut])[0], answer_nll(vlm, [whole])[0][: len(cut.turn)], rtol=0, atol=2e-5)
-
-
 def test_settings_for_videos_survive_though_no_video_is_ever_read(tmp_path: Path) -> None:
     vlm = built("qwen3_vl")
     vlm.processor.save_pretrained(tmp_path / "one")
@@ -141,8 +112,10 @@ def test_settings_for_videos_survive_though_no_video_is_ever_read(tmp_path: Path
     assert json.loads((tmp_path / "other/processor_config.json").read_text()) == settings
 
 
-# mllama: refused, as the test below says; BLIP: the model takes no text without a picture
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("mllama", "blip-2", "instructblip")])
+# mllama: refused, as the test below says; the others complete a question about a picture, and take none without
+@pytest.mark.parametrize(
+    "name", [name for name, entry in ZOO.items() if name != "mllama" and entry.pictures == "between turns"]
+)
 def test_a_row_without_pictures_goes_beside_one_with(name: str) -> None:
     vlm = built(name)
     seeing, blind = encode(name), ZOO[name].encode(vlm, make_sample("Who?", "A red dog.", images=0), [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,11 @@ import torch
 from PIL.Image import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from transformers import PreTrainedTokenizerFast as Fast
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs
 
 from visgain.types import IMAGE_MARK, Encoded, Sample
 from visgain.vlm.batch import concatenated
@@ -33,11 +36,14 @@ class Entry:
     name: str
     make: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
     note: str = ""
-    # Families whose processor cannot be built here: how a picture becomes text and inputs. Their `make` gives a
+    text: str = "chat template"  # or "completion": the name of what writes it
+    way: str = "shared"  # the fastest exact way of scoring
+    pictures: str = "between turns"  # or "before the first question", or "one"
+    missing: str = ""  # the image processor that needs torchvision: it is replaced here, and cannot be loaded back
+    # A family whose processor cannot be built here: how a picture becomes text and inputs, and why. Its `make` gives a
     # processor that has a tokenizer alone.
     picture: Callable[[VLM, Image], Pieces] | None = None
-    more: Callable[[VLM, Sample, Encoded], dict[str, Any]] | None = None  # inputs that depend on the text
-    reload: str = ""  # why save_pretrained and load_vlm do not give the same model back, if they do not
+    why: str = ""
     looks_ahead: bool = False  # whether an answer depends on pictures after it
     seed: int = 0
     strength: float = 1.0  # multiplies random weights
@@ -46,6 +52,11 @@ class Entry:
     @property
     def processor(self) -> bool:
         return self.picture is None
+
+    @property
+    def loads(self) -> bool:
+        """Whether save_pretrained and load_vlm give the same model back."""
+        return self.processor and not self.missing
 
     def build(self) -> VLM:
         """The model with its processor, the same weights at every call."""
@@ -58,10 +69,7 @@ class Entry:
     def encode(self, vlm: VLM, sample: Sample, images: Sequence[Image]) -> Encoded:
         if self.picture is None:
             return make_encoder(vlm).encode(sample, list(images))
-        encoded = encode_directly(vlm, sample, [self.picture(vlm, image) for image in images])
-        if self.more is None:
-            return encoded
-        return replace(encoded, model_inputs={**encoded.model_inputs, **self.more(vlm, sample, encoded)})
+        return encode_directly(vlm, sample, [self.picture(vlm, image) for image in images])
 
 
 @torch.no_grad()
@@ -141,6 +149,36 @@ def ids(tokenizer: Fast) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- without a processor
+
+
+class PreparedKwargs(ImagesKwargs, total=False):
+    return_row_col_info: bool
+
+
+class Prepared(BaseImageProcessor):
+    """In place of an image processor that is written for torchvision: `prepare` makes a picture the model's inputs."""
+
+    valid_kwargs = PreparedKwargs
+
+    def __init__(self, prepare: Callable[[Image], dict[str, torch.Tensor]], **settings: Any) -> None:
+        super().__init__()
+        self.prepare = prepare
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def __call__(self, images: Any, **_: Any) -> BatchFeature:
+        pictures = make_flat_list_of_images(images)
+        return BatchFeature(data=concatenated([self.prepare(picture) for picture in pictures]))
+
+
+def plain_template(picture: str, end: str) -> str:
+    """Role, text, end-of-turn, and nothing else."""
+    return (
+        "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+        f"{{% if part['type'] == 'image' %}}{picture}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if message['role'] == 'assistant' %}}{end}{{% else %}}{{{{ '\n' }}}}{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
 
 
 class TokenizerOnly(ProcessorMixin):

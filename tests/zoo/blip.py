@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from PIL.Image import Image
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
+    Blip2Processor,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     LlamaConfig,
     OPTConfig,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from visgain.types import Encoded, Sample
-from visgain.vlm.load import VLM
-from zoo.base import TEXT, VISION, Entry, Pieces, TokenizerOnly, byte_tokenizer, ids
+from zoo.base import TEXT, VISION, Entry, byte_tokenizer, ids
 
 SIDE, QUERIES = 24, 3
 QFORMER: dict[str, Any] = {**VISION, "encoder_hidden_size": 32, "cross_attention_frequency": 1}
@@ -25,12 +24,15 @@ QFORMER: dict[str, Any] = {**VISION, "encoder_hidden_size": 32, "cross_attention
 
 def tokenizer():
     return byte_tokenizer(
-        ["<s>", "<pad>", "</s>", "<image>"],
-        {"image_token": "<image>"},
+        ["<s>", "<pad>", "</s>", "<image>"],  # without a name: the processors then take it for a string that it is not
         bos_token="</s>",
         eos_token="</s>",
         pad_token="<pad>",
     )
+
+
+def pictures() -> BlipImageProcessorPil:
+    return BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
 
 
 def blip2():
@@ -48,9 +50,10 @@ def blip2():
             word_embed_proj_dim=32,
         ),
         num_query_tokens=QUERIES,
-        image_token_index=fast.image_token_id,
+        image_token_index=fast.convert_tokens_to_ids("<image>"),
     )
-    return Blip2ForConditionalGeneration(config), TokenizerOnly(fast)
+    processor = Blip2Processor(pictures(), fast, num_query_tokens=QUERIES)
+    return Blip2ForConditionalGeneration(config), processor
 
 
 def instructblip():
@@ -60,40 +63,30 @@ def instructblip():
         qformer_config={**QFORMER, "vocab_size": len(fast)},
         text_config=LlamaConfig(**TEXT, **ids(fast)),
         num_query_tokens=QUERIES,
-        image_token_index=fast.image_token_id,
+        image_token_index=fast.convert_tokens_to_ids("<image>"),
     )
-    return InstructBlipForConditionalGeneration(config), TokenizerOnly(fast)
+    processor = InstructBlipProcessor(pictures(), fast, tokenizer(), num_query_tokens=QUERIES)
+    return InstructBlipForConditionalGeneration(config), processor
 
 
-def queries(vlm: VLM, image: Image) -> Pieces:
-    processor = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    return "<image>" * QUERIES, dict(processor([image], return_tensors="pt"))
-
-
-def instruction(vlm: VLM, sample: Sample, encoded: Encoded) -> dict[str, Any]:
-    """The first question without its picture, once a picture: the Q-Former reads it too."""
-    if not sample.images:
-        return {}
-    text = sample.turns[0].text.replace("<image>", "").strip()
-    read = vlm.tokenizer([text] * len(sample.images), add_special_tokens=False, return_tensors="pt")
-    return {"qformer_input_ids": read["input_ids"], "qformer_attention_mask": read["attention_mask"]}
-
-
-WHY = "no processor: it puts the queries before the text on its own and takes no chat template"
 ENTRIES = [
     Entry(
         name="blip-2",
+        text="completion",
+        way="single",  # the body is not apart from the head
         make=blip2,
-        picture=queries,
         ends=("</s>",),
-        note=f"OPT: learned positions that are counted from the attention mask; tied embeddings; {WHY}",
+        pictures="one",
+        note="no chat template: a question that is completed; OPT: learned positions that are counted from the "
+        "attention mask; tied embeddings",
     ),
     Entry(
         name="instructblip",
+        text="completion",
+        way="single",  # the body is not apart from the head
         make=instructblip,
-        picture=queries,
-        more=instruction,
         ends=("</s>",),
-        note=f"the Q-Former reads the question too (qformer_input_ids), so its features depend on the text; {WHY}",
+        pictures="one",
+        note="as blip-2; the Q-Former reads the question too (qformer_input_ids), so its features depend on the text",
     ),
 ]

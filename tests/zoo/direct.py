@@ -1,4 +1,4 @@
-"""Families whose picture processing is written for torchvision alone: prepared here, in the same layout."""
+"""Families whose image processors are written for torchvision alone: real processors, pictures prepared here."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ from transformers import (
     Cohere2Config,
     Cohere2VisionConfig,
     Cohere2VisionForConditionalGeneration,
+    Cohere2VisionProcessor,
     Lfm2Config,
     Lfm2VlConfig,
     Lfm2VlForConditionalGeneration,
+    Lfm2VlProcessor,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    Llama4Processor,
     Molmo2Config,
     Molmo2ForConditionalGeneration,
+    Molmo2Processor,
     Phi4MultimodalConfig,
+    Phi4MultimodalFeatureExtractor,
     Phi4MultimodalForCausalLM,
+    Phi4MultimodalProcessor,
     Siglip2VisionConfig,
     SiglipVisionConfig,
 )
 
-from visgain.types import Encoded, Sample
-from visgain.vlm.load import VLM
-from zoo.base import TEXT, VISION, Entry, Pieces, TokenizerOnly, byte_tokenizer, ids
+from visgain.vlm.load import NoVideos
+from zoo.base import TEXT, VISION, Entry, Prepared, byte_tokenizer, ids, plain_template
+from zoo.qwen import ROPE
 
 SIDE, PATCH = 16, 4
 
@@ -78,13 +86,17 @@ def cohere2_vision():
         image_token_id=tokenizer.image_token_id,
         alignment_intermediate_size=64,
     )
-    return Cohere2VisionForConditionalGeneration(config), TokenizerOnly(tokenizer)
+    processor = Cohere2VisionProcessor(
+        image_processor=Prepared(cohere_tiles, patch_size=SIDE // PATCH // 2),
+        tokenizer=tokenizer,
+        chat_template=plain_template("<|IMG_PATCH|>", "<|END_OF_TURN_TOKEN|>"),
+    )
+    return Cohere2VisionForConditionalGeneration(config), processor
 
 
-def cohere_tiles(vlm: VLM, image: Image) -> Pieces:
+def cohere_tiles(image: Image) -> dict[str, torch.Tensor]:
     stack = tiles(image, thumbnail_first=False)
-    tile = "<|IMG_PATCH|>" * (SIDE // PATCH // 2) ** 2 + "<|IMG_LINE_BREAK|>"
-    return f"<|START_OF_IMG|>{tile * len(stack)}<|END_OF_IMG|>", {"pixel_values": stack}
+    return {"pixel_values": stack, "num_patches": torch.tensor([len(stack)])}
 
 
 # ---------------------------------------------------------------- LFM2-VL
@@ -110,26 +122,36 @@ def lfm2_vl():
         image_token_id=tokenizer.image_token_id,
         projector_hidden_size=32,
     )
-    return Lfm2VlForConditionalGeneration(config), TokenizerOnly(tokenizer)
+    processor = Lfm2VlProcessor(
+        image_processor=Prepared(
+            lfm2_picture, use_thumbnail=False, tile_size=SIDE, encoder_patch_size=PATCH, downsample_factor=2
+        ),
+        tokenizer=tokenizer,
+        chat_template=plain_template("<image>", "<|im_end|>"),
+    )
+    return Lfm2VlForConditionalGeneration(config), processor
 
 
-def lfm2_picture(vlm: VLM, image: Image) -> Pieces:
+def lfm2_picture(image: Image) -> dict[str, torch.Tensor]:
     """As many patches as the picture's shape asks for, padded to 48."""
     rows, columns = (4, 6) if image.width > image.height else (4, 4)
     flat = patches(pixels(image, rows * PATCH, columns * PATCH)[None])
     padded = torch.zeros(1, 48, flat.shape[2])
     padded[:, : flat.shape[1]] = flat
-    inputs = {
+    return {
         "pixel_values": padded,
         "pixel_attention_mask": (torch.arange(48) < flat.shape[1]).int()[None],
         "spatial_shapes": torch.tensor([[rows, columns]]),
+        "image_rows": torch.tensor([1]),
+        "image_cols": torch.tensor([1]),
+        "image_sizes": torch.tensor([[rows * PATCH, columns * PATCH]]),
     }
-    return f"<|image_start|>{'<image>' * (rows * columns // 4)}<|image_end|>", inputs
 
 
 # ---------------------------------------------------------------- Molmo 2
 
 MOLMO = ["<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<frame_start>", "<frame_end>"]
+MOLMO += ["<im_low>", "<|image|>", "<|video|>"]
 
 
 def molmo2():
@@ -165,42 +187,47 @@ def molmo2():
         frame_start_token_id=known["<frame_start>"],
         frame_end_token_id=known["<frame_end>"],
     )
-    return Molmo2ForConditionalGeneration(config), TokenizerOnly(tokenizer)
+    processor = Molmo2Processor(
+        image_processor=Prepared(molmo_crops),
+        video_processor=NoVideos({"video_processor_type": "Molmo2VideoProcessor"}),
+        tokenizer=tokenizer,
+        chat_template=plain_template("<|image|>", "<|im_end|>").removeprefix("{{ bos_token }}"),
+    )
+    return Molmo2ForConditionalGeneration(config), processor
 
 
-def molmo_crops(vlm: VLM, image: Image) -> Pieces:
+def molmo_crops(image: Image) -> dict[str, torch.Tensor]:
     """All of the picture small, then its crops as one grid; a token pools 2 x 2 patches, named by their numbers."""
     stack = patches(tiles(image, thumbnail_first=True))
     side = SIDE // PATCH
     number = torch.arange(stack.shape[0] * stack.shape[1]).reshape(-1, side, side)
     grids = [number[0], torch.cat(list(number[1:]), dim=1)]
-    pooling, text, sizes = [], "", []
-    for grid, start in zip(grids, ("<low_res_im_start>", "<im_start>"), strict=True):
+    pooling, sizes = [], []
+    for grid in grids:
         rows, columns = grid.shape[0] // 2, grid.shape[1] // 2
         pooling.append(grid.reshape(rows, 2, columns, 2).permute(0, 2, 1, 3).reshape(-1, 4))
-        text += start + ("<im_patch>" * columns + "<im_col>") * rows + "<im_end>"
         sizes += [rows, columns]
-    inputs = {
+    return {
         "pixel_values": stack,
         "image_token_pooling": torch.cat(pooling),
         "image_grids": torch.tensor([sizes]),
         "image_num_crops": torch.tensor([len(stack)]),
     }
-    return text, inputs
-
-
-def molmo_types(vlm: VLM, sample: Sample, encoded: Encoded) -> dict[str, torch.Tensor]:
-    """1 at every token of a picture, marks included: all of them see each other, across pictures too."""
-    known = vlm.tokenizer.convert_tokens_to_ids(MOLMO)
-    return {"mm_token_type_ids": torch.from_numpy(np.isin(encoded.input_ids, known)).long()[None]}
 
 
 # ---------------------------------------------------------------- Phi-4-multimodal
 
 
+# Text alone, as its own: a picture is a token in the text.
+PHI = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
 def phi4_multimodal():
     tokenizer = byte_tokenizer(
-        ["<|endoftext|>", "<|end|>", "<|image|>", "<|audio|>"],
+        ["<|endoftext|>", "<|end|>", "<|image|>", "<|audio|>", "<|user|>", "<|assistant|>"],
         {"image_token": "<|image|>", "audio_token": "<|audio|>"},
         eos_token="<|end|>",
         pad_token="<|endoftext|>",
@@ -228,51 +255,119 @@ def phi4_multimodal():
             "audio_token_id": tokenizer.audio_token_id,
         },
     )
-    return Phi4MultimodalForCausalLM(config), TokenizerOnly(tokenizer)
+    processor = Phi4MultimodalProcessor(
+        image_processor=Prepared(phi_crops),
+        audio_processor=Phi4MultimodalFeatureExtractor(),
+        tokenizer=tokenizer,
+        chat_template=PHI,
+    )
+    return Phi4MultimodalForCausalLM(config), processor
 
 
-def phi_crops(vlm: VLM, image: Image) -> Pieces:
+def phi_crops(image: Image) -> dict[str, torch.Tensor]:
     stack = tiles(image, thumbnail_first=True)
     side, columns = SIDE // PATCH // 2, len(stack) - 1
     n_tokens = side * (side * columns + 1) + 1 + side * (side + 1)
-    inputs = {
+    return {
         "image_pixel_values": stack[None],
         "image_sizes": torch.tensor([[SIDE, SIDE * columns]]),
         "image_attention_mask": torch.ones(1, len(stack), SIDE // PATCH, SIDE // PATCH),
+        "num_img_tokens": torch.tensor([n_tokens]),
     }
-    return "<|image|>" * n_tokens, inputs
 
 
-WHY = "no processor: its image processor is written for torchvision"
+# ---------------------------------------------------------------- Llama 4
+
+
+def llama4():
+    special = ["<|image|>", "<|patch|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>"]
+    tokenizer = byte_tokenizer(
+        ["<|begin_of_text|>", "<|eot|>", "<|finetune_right_pad|>", "<|tile_y_separator|>", *special],
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot|>",
+        pad_token="<|finetune_right_pad|>",
+    )
+    config = Llama4Config(
+        vision_config={
+            **VISION,
+            "intermediate_size": 128,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+            "image_size": SIDE,
+            "patch_size": PATCH,
+            "rope_parameters": ROPE,
+        },
+        text_config={
+            **TEXT,
+            **ids(tokenizer),
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "intermediate_size_mlp": 64,
+            "num_local_experts": 4,
+            "moe_layers": [1],
+            "attention_chunk_size": 16,
+            "no_rope_layers": [1, 1, 0],
+            "floor_scale": 8,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<|patch|>"),
+        boi_token_index=tokenizer.convert_tokens_to_ids("<|image_start|>"),
+        eoi_token_index=tokenizer.convert_tokens_to_ids("<|image_end|>"),
+    )
+    processor = Llama4Processor(
+        image_processor=Prepared(llama4_tiles),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        chat_template=plain_template("<|image|>", "<|eot|>"),
+    )
+    return Llama4ForConditionalGeneration(config), processor
+
+
+def llama4_tiles(image: Image) -> dict[str, torch.Tensor]:
+    """Tiles, and all of the picture small if there are several."""
+    stack = tiles(image, thumbnail_first=False)
+    columns = len(stack) - 1
+    return {"pixel_values": stack if columns > 1 else stack[:1], "aspect_ratios": torch.tensor([[1, columns]])}
+
+
 ENTRIES = [
     Entry(
         name="cohere2_vision",
         make=cohere2_vision,
-        picture=cohere_tiles,
+        missing="Cohere2VisionImageProcessor",
         ends=("<|END_OF_TURN_TOKEN|>",),
-        note=f"tiles by the picture's shape; one layer with a window of 12, one without positions; tied; {WHY}",
+        note="tiles by the picture's shape; one layer with a window of 12, one without positions; tied",
     ),
     Entry(
         name="lfm2_vl",
         make=lfm2_vl,
-        picture=lfm2_picture,
+        missing="Lfm2VlImageProcessor",
+        way="cached",  # a state goes from token to token
         ends=("<|im_end|>",),
-        note=f"short convolutions over tokens in two of three layers, which see no attention mask; tied; {WHY}",
+        note="short convolutions over tokens in two of three layers, which see no attention mask; tied",
     ),
     Entry(
         name="molmo2",
         make=molmo2,
-        picture=molmo_crops,
-        more=molmo_types,
+        missing="Molmo2ImageProcessor",
+        way="cached",  # all tokens of all pictures see each other
         looks_ahead=True,
         ends=("<|im_end|>",),
-        note=f"image_token_pooling numbers patches within pixel_values; all image tokens see each other; {WHY}",
+        note="image_token_pooling numbers patches within pixel_values; the processor writes BOS before any template",
     ),
     Entry(
         name="phi4_multimodal",
         make=phi4_multimodal,
-        picture=phi_crops,
+        missing="Phi4MultimodalImageProcessor",
         ends=("<|end|>",),
-        note=f"crops and row ends; the image token's id is in the vision part's configuration; {WHY}",
+        note="crops and row ends; a template of text alone; the image token's id is in the vision configuration",
+    ),
+    Entry(
+        name="llama4",
+        make=llama4,
+        missing="Llama4ImageProcessor",
+        way="cached",  # the body is not apart from the head
+        ends=("<|eot|>",),
+        note="attention in chunks of 16, a layer without positions and scaled by position, experts",
     ),
 ]

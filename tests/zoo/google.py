@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from PIL.Image import Image
 from transformers import (
     Gemma2Config,
     Gemma3Config,
@@ -16,15 +14,15 @@ from transformers import (
     GemmaConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     SiglipVisionConfig,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from visgain.types import Encoded, Sample
-from visgain.vlm.load import VLM, NoVideos
-from zoo.base import TEXT, VISION, Entry, Pieces, TokenizerOnly, ids, spiece_tokenizer
+from visgain.vlm.load import NoVideos
+from zoo.base import TEXT, VISION, Entry, ids, spiece_tokenizer
 
 GEMMA3 = (
     "{{ bos_token }}{% for message in messages %}"
@@ -151,6 +149,10 @@ def paligemma(text: type, **options):
         eos_token="<eos>",
         pad_token="<pad>",
     )
+    processor = PaliGemmaProcessor(
+        image_processor=SiglipImageProcessorPil(size={"height": 12, "width": 12}, image_seq_length=9),
+        tokenizer=tokenizer,
+    )
     config = PaliGemmaConfig(
         vision_config=SiglipVisionConfig(**VISION, image_size=12, patch_size=4, vision_use_head=False),
         text_config=text(**TEXT, **ids(tokenizer), head_dim=8, **options),
@@ -158,7 +160,7 @@ def paligemma(text: type, **options):
         projection_dim=32,
         hidden_size=32,
     )
-    return PaliGemmaForConditionalGeneration(config), TokenizerOnly(tokenizer)
+    return PaliGemmaForConditionalGeneration(config), processor
 
 
 def paligemma2():
@@ -172,20 +174,10 @@ def paligemma2():
     )
 
 
-def nine_patches(vlm: VLM, image: Image) -> Pieces:
-    processor = SiglipImageProcessorPil(size={"height": 12, "width": 12})
-    return "<image>" * 9, dict(processor([image], return_tensors="pt"))
-
-
-def from_the_first_answer_on(vlm: VLM, sample: Sample, encoded: Encoded) -> dict[str, torch.Tensor]:
-    """0 where PaliGemma reads both ways, 1 where it writes."""
-    return {"token_type_ids": torch.from_numpy(encoded.is_answer).cumsum(0).clamp(max=1)[None]}
-
-
-NO_PALIGEMMA = "no processor: PaliGemmaProcessor writes BOS and a line break into the text, and has no chat template"
 ENTRIES = [
     Entry(
         name="gemma3",
+        way="mutual",  # the tokens of a picture see each other
         make=gemma3,
         ends=("<end_of_turn>\n",),
         note="image tokens see each other both ways (token_type_ids); windows of 12 tokens, less than a picture, in "
@@ -193,24 +185,28 @@ ENTRIES = [
     ),
     Entry(
         name="gemma4",
+        way="mutual",
         make=gemma4,
         ends=("<turn|>\n",),
         note="as gemma3; also keys and values shared between layers, heads of two sizes, an embedding for each layer",
     ),
     Entry(
         name="paligemma",
+        pictures="before the first question",
+        text="completion",
+        way="single",  # the question is read both ways
         make=lambda: paligemma(GemmaConfig),
-        picture=nine_patches,
-        more=from_the_first_answer_on,
         ends=("<eos>",),
-        note=f"all before the first answer is read both ways (token_type_ids 0); tied; {NO_PALIGEMMA}",
+        note="no chat template: a question that is completed; all before the first answer is read both ways "
+        "(token_type_ids 0); tied",
     ),
     Entry(
         name="paligemma2",
+        pictures="before the first question",
+        text="completion",
+        way="single",
         make=paligemma2,
-        picture=nine_patches,
-        more=from_the_first_answer_on,
         ends=("<eos>",),
-        note=f"as paligemma on Gemma 2: a window of 12 in one layer, soft-capped attention and logits; {NO_PALIGEMMA}",
+        note="as paligemma on Gemma 2: a window of 12 in one layer, soft-capped attention and logits",
     ),
 ]

@@ -223,6 +223,7 @@ ENTRIES = [
     Entry(name="glm46v", make=glm46v, ends=("",), note=f"as glm4v; {UNENDED}"),
     Entry(
         name="ernie4_5_vl_moe",
+        way="cached",  # feed-forward parts that take which tokens are a picture's
         make=ernie,
         ends=("<|end_of_sentence|>",),
         note="other experts for image tokens than for text (moe_mm_token_type_ids); M-RoPE; tied",

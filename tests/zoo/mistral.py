@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from PIL.Image import Image
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -13,12 +12,24 @@ from transformers import (
 )
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
-from zoo.base import TEXT, VISION, Entry, Pieces, TokenizerOnly, byte_tokenizer, ids
+from visgain.vlm.pixtral import mend_pixtral
+from zoo.base import TEXT, VISION, Entry, byte_tokenizer, ids
 
 PATCH = 4
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('After the optional system message, conversation roles must alternate') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST]' }}{% for block in message['content'] %}"
+    "{% if block['type'] == 'text' %}{{ block['text'] }}{% elif block['type'] in ['image', 'image_url'] %}{{ '[IMG]' }}"
+    "{% endif %}{% endfor %}{{ '[/INST]' }}{% else %}{{ message['content'][0]['text'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
 
 
-def tokenizer_and_processor():
+def tokenizer_and_processor(merge: int):
+    mend_pixtral()
+    from transformers.models.pixtral import PixtralProcessor  # is there without torchvision from here on
+
     tokenizer = byte_tokenizer(
         ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"],
         bos_token="<s>",
@@ -26,20 +37,18 @@ def tokenizer_and_processor():
         unk_token="<unk>",
         pad_token="<pad>",
     )
-    return tokenizer, TokenizerOnly(tokenizer)
-
-
-def rows(image: Image, merge: int) -> Pieces:
-    side = PATCH * merge
-    processor = PixtralImageProcessorPil(size={"longest_edge": 24}, patch_size=side)
-    inputs = dict(processor([image], return_tensors="pt"))
-    height, width = inputs["image_sizes"][0].tolist()
-    lines = ["[IMG]" * (width // side)] * (height // side)
-    return "[IMG_BREAK]".join(lines) + "[IMG_END]", inputs
+    processor = PixtralProcessor(
+        image_processor=PixtralImageProcessorPil(size={"longest_edge": 24}, patch_size=PATCH * merge),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        spatial_merge_size=merge,
+        chat_template=TEMPLATE,
+    )
+    return tokenizer, processor
 
 
 def pixtral():
-    tokenizer, processor = tokenizer_and_processor()
+    tokenizer, processor = tokenizer_and_processor(1)
     config = LlavaConfig(
         vision_config=PixtralVisionConfig(**VISION, image_size=24, patch_size=PATCH),
         text_config=MistralConfig(**TEXT, **ids(tokenizer), head_dim=16, sliding_window=None),
@@ -51,7 +60,7 @@ def pixtral():
 
 
 def mistral3():
-    tokenizer, processor = tokenizer_and_processor()
+    tokenizer, processor = tokenizer_and_processor(2)
     config = Mistral3Config(
         vision_config=PixtralVisionConfig(**VISION, image_size=24, patch_size=PATCH),
         text_config=MistralConfig(**TEXT, **ids(tokenizer), head_dim=8, sliding_window=12),
@@ -62,20 +71,17 @@ def mistral3():
     return Mistral3ForConditionalGeneration(config), processor
 
 
-WHY = "no processor: PixtralProcessor's module imports torchvision"
 ENTRIES = [
     Entry(
         name="pixtral",
         make=pixtral,
-        picture=lambda vlm, image: rows(image, 1),
         ends=("</s>",),
-        note=f"a LLaVA with Pixtral's tower; image_sizes; row ends; {WHY}",
+        note="a LLaVA with Pixtral's tower; image_sizes; row ends; its processor is mended to do without torchvision",
     ),
     Entry(
         name="mistral3",
         make=mistral3,
-        picture=lambda vlm, image: rows(image, 2),
         ends=("</s>",),
-        note=f"merged patches; windows of 12 tokens in every layer; {WHY}",
+        note="merged patches; windows of 12 tokens in every layer; its processor is mended as Pixtral's",
     ),
 ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from PIL.Image import Image
 from transformers import (
     AriaConfig,
     AriaForConditionalGeneration,
+    AriaProcessor,
     DeepseekVLConfig,
     DeepseekVLForConditionalGeneration,
     DeepseekVLProcessor,
@@ -18,8 +18,6 @@ from transformers import (
     LightOnOcrConfig,
     LightOnOcrForConditionalGeneration,
     LightOnOcrProcessor,
-    Llama4Config,
-    Llama4ForConditionalGeneration,
     LlamaConfig,
     MiniCPMV4_6Config,
     MiniCPMV4_6ForConditionalGeneration,
@@ -28,6 +26,7 @@ from transformers import (
     Qwen3Config,
     SiglipVisionConfig,
 )
+from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
@@ -35,11 +34,12 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 
 from visgain.vlm.load import VLM, NoVideos
 from zoo.base import TEXT, VISION, Entry, Pieces, TokenizerOnly, byte_tokenizer, ids
-from zoo.direct import PATCH, SIDE, patches, pixels, tiles
+from zoo.direct import PATCH, SIDE, patches, pixels
 from zoo.qwen import ROPE
 from zoo.tiles import CHATML
 
 N_PATCHES = (SIDE // PATCH) ** 2
+ARIA_SIDE, ARIA_PATCH = 980, 140  # its processor asks for pictures of this size, whatever the image processor's
 
 # ---------------------------------------------------------------- DeepSeek
 
@@ -117,72 +117,19 @@ def aria():
         eos_token="<|im_end|>",
         pad_token="<unk>",
     )
+    processor = AriaProcessor(
+        image_processor=AriaImageProcessorPil(max_image_size=ARIA_SIDE, min_image_size=ARIA_PATCH),
+        tokenizer=tokenizer,
+        chat_template=CHATML.replace("PICTURE", "<|img|>"),
+        size_conversion={ARIA_SIDE: 4},
+    )
     config = AriaConfig(
-        vision_config={"model_type": "idefics3_vision", **VISION, "image_size": SIDE, "patch_size": PATCH},
+        vision_config={"model_type": "idefics3_vision", **VISION, "image_size": ARIA_SIDE, "patch_size": ARIA_PATCH},
         text_config={**TEXT, **ids(tokenizer), "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
-        projector_patch_to_query_dict={N_PATCHES: 4},
+        projector_patch_to_query_dict={(ARIA_SIDE // ARIA_PATCH) ** 2: 4},
         image_token_index=tokenizer.image_token_id,
     )
-    return AriaForConditionalGeneration(config), TokenizerOnly(tokenizer)
-
-
-def aria_square(vlm: VLM, image: Image) -> Pieces:
-    """The picture at the left of a square, and a mask of where it is."""
-    height = SIDE * 3 // 4 if image.width > image.height else SIDE
-    square, mask = torch.zeros(1, 3, SIDE, SIDE), torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
-    square[0, :, :height], mask[0, :height] = pixels(image, height, SIDE), True
-    return "<|img|>" * 4, {"pixel_values": square, "pixel_mask": mask}
-
-
-# ---------------------------------------------------------------- Llama 4
-
-
-def llama4():
-    special = ["<|image|>", "<|patch|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>"]
-    tokenizer = byte_tokenizer(
-        ["<|begin_of_text|>", "<|eot|>", "<|finetune_right_pad|>", "<|tile_y_separator|>", *special],
-        bos_token="<|begin_of_text|>",
-        eos_token="<|eot|>",
-        pad_token="<|finetune_right_pad|>",
-    )
-    config = Llama4Config(
-        vision_config={
-            **VISION,
-            "intermediate_size": 128,
-            "vision_output_dim": 32,
-            "projector_input_dim": 32,
-            "projector_output_dim": 32,
-            "image_size": SIDE,
-            "patch_size": PATCH,
-            "rope_parameters": ROPE,
-        },
-        text_config={
-            **TEXT,
-            **ids(tokenizer),
-            "num_hidden_layers": 3,
-            "head_dim": 8,
-            "intermediate_size_mlp": 64,
-            "num_local_experts": 4,
-            "moe_layers": [1],
-            "attention_chunk_size": 16,
-            "no_rope_layers": [1, 1, 0],
-            "floor_scale": 8,
-        },
-        image_token_index=tokenizer.convert_tokens_to_ids("<|patch|>"),
-        boi_token_index=tokenizer.convert_tokens_to_ids("<|image_start|>"),
-        eoi_token_index=tokenizer.convert_tokens_to_ids("<|image_end|>"),
-    )
-    return Llama4ForConditionalGeneration(config), TokenizerOnly(tokenizer)
-
-
-def llama4_tiles(vlm: VLM, image: Image) -> Pieces:
-    stack = tiles(image, thumbnail_first=False)
-    tile, text = "<|patch|>" * (N_PATCHES // 4), "<|image_start|>"
-    if len(stack) > 2:
-        text += "<|tile_x_separator|>".join([tile] * (len(stack) - 1)) + "<|tile_y_separator|>"
-    else:
-        stack = stack[:1]
-    return f"{text}<|image|>{tile}<|image_end|>", {"pixel_values": stack}
+    return AriaForConditionalGeneration(config), processor
 
 
 # ---------------------------------------------------------------- LightOnOCR
@@ -284,28 +231,15 @@ def fuyu_rows(vlm: VLM, image: Image) -> Pieces:
     return ("|SPEAKER|" * columns + "|NEWLINE|") * rows, {"pixel_values": flat}
 
 
-TORCHVISION = "no processor: its image processor is written for torchvision"
 ENTRIES = [
     Entry(name="deepseek_vl", make=deepseek_vl, ends=("<|end|>",), note="as llava with SigLIP"),
     Entry(name="janus", make=janus, ends=("<|end|>",), note="has a second vision part, for drawing, that stays unused"),
-    Entry(
-        name="aria",
-        make=aria,
-        picture=aria_square,
-        ends=("<|im_end|>",),
-        note="experts; a padded picture with pixel_mask; no processor: it insists on 490 or 980 pixels",
-    ),
-    Entry(
-        name="llama4",
-        make=llama4,
-        picture=llama4_tiles,
-        ends=("<|eot|>",),
-        note=f"attention in chunks of 16, a layer without positions and scaled by position, experts; {TORCHVISION}",
-    ),
+    Entry(name="aria", make=aria, ends=("<|im_end|>\n",), note="experts; a padded picture with pixel_mask"),
     Entry(name="lighton_ocr", make=lighton_ocr, ends=("<|im_end|>\n",), note="Pixtral's tower and Qwen3; image_sizes"),
     Entry(
         name="minicpmv4_6",
         make=minicpm,
+        way="cached",  # linear attention: a state goes from token to token
         ends=("<|im_end|>\n",),
         note="all pictures packed in one row of pixel_values [1, 3, patch, length] by target_sizes; linear attention",
     ),
@@ -314,7 +248,8 @@ ENTRIES = [
         make=fuyu,
         picture=fuyu_rows,
         ends=("|ENDOFTEXT|",),
-        note="no vision tower: patches [N, values] go straight in; no processor: it rewrites the text around a picture "
-        "and has no chat template",
+        text="(none)",
+        why="FuyuProcessor writes the prompt anew and ends it with a mark of its own",
+        note="no vision tower: patches [N, values] go straight in",
     ),
 ]

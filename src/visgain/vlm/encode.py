@@ -93,14 +93,19 @@ class ChatEncoder:
         # A template that writes BOS itself must not get a second one.
         bos = tokenizer.bos_token
         special = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-        plain = tokenizer(text, return_offsets_mapping=True, **special)
-        ids, offsets = np.asarray(plain["input_ids"], dtype=np.int64), token_spans(plain["offset_mapping"], text)
-        if not images:
-            return ids, offsets, {}
-        inputs = processed(self.processor, text, images, **special)
+        try:
+            inputs = processed(self.processor, text, images, **special)
+        except EncodingError:
+            if images:
+                raise
+            inputs = {"input_ids": tokenizer(text, return_tensors="pt", **special)["input_ids"]}
         expanded = inputs.pop("input_ids")[0].numpy()
-        placeholders = {int(tokenizer.convert_tokens_to_ids(token)) for token in self._placeholders}
-        return expanded, align_expansion(ids, offsets, expanded, placeholders), inputs
+        plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        ids, spans = np.asarray(plain["input_ids"], dtype=np.int64), token_spans(plain["offset_mapping"], text)
+        placeholders = (
+            {int(tokenizer.convert_tokens_to_ids(token)) for token in self._placeholders} if images else set()
+        )
+        return expanded, align_expansion(ids, spans, expanded, placeholders), inputs
 
     @cached_property
     def _placeholders(self) -> set[str]:
@@ -121,8 +126,8 @@ def refuse_image_tokens(turns: Sequence[Turn], tokens: Collection[str]) -> None:
 def processed(processor: ProcessorMixin, text: str, images: Sequence[Image], **options: Any) -> dict[str, Any]:
     """What `processor` makes of a text and its pictures, in tensors, less the attention mask.
 
-    Most take pictures as a list, some as one list a text. Raises EncodingError with the processor's own reason if it
-    takes neither.
+    Most take pictures as a list, some as one list a text. Without pictures only inputs with a value a token are kept.
+    Raises EncodingError with the processor's own reason if it takes none of that.
     """
     refusals = []
     for given in (list(images), [list(images)]) if images else (None,):
@@ -132,7 +137,8 @@ def processed(processor: ProcessorMixin, text: str, images: Sequence[Image], **o
             refusals.append(str(error).strip() or type(error).__name__)
         else:
             inputs.pop("attention_mask", None)
-            return inputs
+            known = inputs if images else {"input_ids", *PER_TOKEN_INPUTS}
+            return {name: value for name, value in inputs.items() if name in known}
     raise EncodingError(f"{type(processor).__name__} does not take this row: {refusals[0].splitlines()[0]}")
 
 
@@ -153,17 +159,18 @@ def token_spans(offsets: Sequence[Span], text: str) -> np.ndarray:
 def align_expansion(plain: np.ndarray, offsets: np.ndarray, expanded: np.ndarray, placeholders: set[int]) -> np.ndarray:
     """Character spans for `expanded`, which is `plain` with each placeholder replaced by some run of ids.
 
-    `plain`: ids [P]; `offsets`: [P, 2]; `expanded`: ids [T]. Returns [T, 2]; ids of a run get their placeholder's span.
-    Text between placeholders must reappear unchanged and in order. Raises EncodingError if it does not.
+    `plain`: ids [P]; `offsets`: [P, 2]; `expanded`: ids [T]. Returns [T, 2]; ids of a run get their placeholder's span,
+    ids that were put before or after everything (BOS, EOS) a span of no width. Text between placeholders must reappear
+    unchanged and in order. Raises EncodingError if it does not.
     """
     where = [i for i, token in enumerate(plain.tolist()) if token in placeholders]
-    result = np.empty((len(expanded), 2), dtype=np.int64)
+    result = np.zeros((len(expanded), 2), dtype=np.int64)
     position = 0
     for number, start in enumerate([-1, *where]):
         stop = where[number] if number < len(where) else len(plain)
         segment = plain[start + 1 : stop]
-        found = _find(expanded, segment, position + (number > 0), at_end=number == len(where))
-        if found is None or (number == 0 and found != 0):
+        found = _find(expanded, segment, position + (number > 0), late=number == len(where) > 0)
+        if found is None:
             raise EncodingError("the processor changed the text around an image, so answer tokens cannot be located")
         if number > 0:
             result[position:found] = offsets[start]
@@ -172,10 +179,10 @@ def align_expansion(plain: np.ndarray, offsets: np.ndarray, expanded: np.ndarray
     return result
 
 
-def _find(ids: np.ndarray, segment: np.ndarray, start: int, *, at_end: bool) -> int | None:
-    """First position from `start` at which `segment` stands in `ids`; with `at_end`, only as the very last ids."""
-    last = len(ids) - len(segment)
-    for position in range(max(start, last) if at_end else start, last + 1):
+def _find(ids: np.ndarray, segment: np.ndarray, start: int, *, late: bool) -> int | None:
+    """First position from `start` at which `segment` stands in `ids`, or with `late` the last one."""
+    positions = range(start, len(ids) - len(segment) + 1)
+    for position in reversed(positions) if late else positions:
         if np.array_equal(ids[position : position + len(segment)], segment):
             return position
     return None

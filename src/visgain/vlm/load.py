@@ -6,7 +6,9 @@ Safetensors only, and no remote code unless asked for.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,14 +17,33 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, ProcessorMixin
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto import video_processing_auto
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.processing_utils import VideosKwargs
 
 import visgain
 from visgain.errors import ModelError
+from visgain.vlm.families import PART_PATHS
+from visgain.vlm.pixtral import mend_pixtral
+
+LOADING = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
+"""What transformers raises for a model that it cannot load."""
+
+REMOTE_CLASSES = (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM, AutoModel)
+"""Under which of these a model with code of its own may be registered, the best first."""
 
 EMBEDDED = Path(visgain.__file__).parent / "world" / "embedded"
 """The trained model that ships with the package; its name on the command line is `embedded`."""
@@ -52,7 +73,18 @@ class VLM:
             for name in ("image_token_id", "image_token_index"):
                 if getattr(place, name, None) is not None:
                     return int(getattr(place, name))
-        raise ModelError(f"{self.name}: the model's configuration names no image token; is it a vision-language model?")
+        known = _known_token(self.processor)
+        if known is None:
+            raise ModelError(f"{self.name}: neither model nor processor names an image token; is it a vision model?")
+        return known
+
+
+def _known_token(processor: ProcessorMixin) -> int | None:
+    """The id of the token that a processor calls its image token."""
+    number, token = (getattr(processor, name, None) for name in ("image_token_id", "image_token"))
+    if number is None and token is not None:
+        number = processor.tokenizer.convert_tokens_to_ids(str(token))
+    return None if number is None else int(number)
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
@@ -96,12 +128,18 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def _check_hub(name: str) -> None:
-    """Ask the hub for one small file, so that a wrong name or a missing network is told soon and in one line."""
-    try:
-        hf_hub_download(name, "config.json")
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ModelError(f"{name} is no folder here, and the hub does not give it: {_first_line(error)}") from error
+def _source(name: str) -> str:
+    """`name` as from_pretrained takes it, and known to be there.
+
+    The hub is asked for one small file, so that a wrong name or a missing network is told soon and in one line.
+    """
+    source = resolve_model(name)
+    if not Path(source).is_dir():
+        try:
+            hf_hub_download(source, "config.json")
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise ModelError(f"{name} is no folder here, and the hub does not give it: {_first_line(error)}") from error
+    return source
 
 
 class NoVideos(ImageProcessingMixin):  # type: ignore[misc]
@@ -155,14 +193,13 @@ def no_videos() -> Iterator[None]:
 
 def load_processor(name: str, *, trust_remote_code: bool = False) -> ProcessorMixin:
     """The processor of model `name`, with PIL image processing so that pictures are prepared alike on every machine."""
-    source = resolve_model(name)
-    if source == name and not Path(source).is_dir():
-        _check_hub(name)
+    source = _source(name)
+    mend_pixtral()
     try:
         with no_videos():
             processor = AutoProcessor.from_pretrained(source, backend="pil", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"cannot load the processor of {name}: {_first_line(error)}") from error
+    except LOADING as error:
+        raise ModelError(f"cannot load the processor of {name}: {_reason(error)}") from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{name} has no image processor with a tokenizer; is it a vision-language model?")
     if not getattr(processor.tokenizer, "is_fast", False):
@@ -172,17 +209,49 @@ def load_processor(name: str, *, trust_remote_code: bool = False) -> ProcessorMi
 
 def load_vlm(name: str, *, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False) -> VLM:
     """Model and processor, on `device`, in eval mode. Raises ModelError with one line if that is impossible."""
+    source = _source(name)
+    auto = _auto_class(source, name, trust_remote_code)
     processor = load_processor(name, trust_remote_code=trust_remote_code)
     try:
-        model = AutoModelForMultimodalLM.from_pretrained(
-            resolve_model(name),
+        model, loaded = auto.from_pretrained(
+            source,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"cannot load model {name}: {_first_line(error)}") from error
+    except LOADING as error:
+        raise ModelError(f"cannot load model {name}: {_reason(error)}") from error
+    _check_complete(model, set(loaded["missing_keys"]), name)
     return VLM(name=name, model=model.to(pick_device(device)).eval(), processor=processor)
+
+
+def _auto_class(source: str, name: str, trust_remote_code: bool) -> Any:
+    """The class of transformers that loads such a model, before anything large is read.
+
+    Raises ModelError if the configuration is that of a model that we cannot use.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except LOADING as error:
+        raise ModelError(f"cannot load the configuration of {name}: {_reason(error)}") from error
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, config.get_text_config(decoder=True))):
+        raise ModelError(f"{name} is an encoder-decoder model ({config.model_type}); visgain scores decoders alone")
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
+    known = getattr(config, "auto_map", None) or {}
+    found = [auto for auto in REMOTE_CLASSES if auto.__name__ in known]
+    if not found:
+        raise ModelError(f"{name} is a {config.model_type} model, which takes no pictures with its text")
+    return found[0]
+
+
+def _check_complete(model: PreTrainedModel, missing: set[str], name: str) -> None:
+    """Raises ModelError if the checkpoint has no weight at all for a part: it would be random, and score nonsense."""
+    for path in itertools.chain(*PART_PATHS.values()):
+        names = {known for known, _ in model.named_parameters() if known.startswith(f"{path}.")}
+        if names and names <= missing:
+            raise ModelError(f"{name} has no weights for {path} ({len(names)} tensors); it is not a complete model")
 
 
 def pick_device(device: str) -> torch.device:
@@ -221,5 +290,25 @@ def model_name(name: str) -> str:
     return str(path.resolve()) if name != "embedded" and path.is_dir() else name
 
 
+def _reason(error: BaseException) -> str:
+    """Why loading failed, with what to do where the words of transformers do not say it for this tool."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it runs code of its own, which comes with the model; read that, then allow it with --trust-remote-code"
+    if "model.safetensors" in text:
+        return "it has no weights in safetensors; other formats can run code when read, so convert them first"
+    if isinstance(error, SafetensorError):
+        return f"its weights are damaged or incomplete ({text})"
+    if "Can't load image processor" in text:
+        return "it has no settings for pictures (processor_config.json or preprocessor_config.json)"
+    if "torchvision" in text:
+        return "it needs torchvision; install the one that belongs to your torch"
+    if library := re.search(r"requires the (\S+) library", text):
+        return f"it needs {library[1]} (pip install {library[1]})"
+    if "ignore_mismatched_sizes" in text:
+        return "weights have other shapes than its configuration says (see the report above)"
+    return _first_line(error)
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(": ")
