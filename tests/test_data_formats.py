@@ -213,13 +213,15 @@ def test_marks_in_the_text_say_where_the_images_of_parts_stand(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"messages": turns([{"type": "video", "video": "a.mp4"}], "A")}, "a part of type 'video'"),
+        ({"messages": turns([{"type": "video", "video": "a.mp4"}], "A")}, "video not found: a.mp4, nor frames in a"),
+        ({"messages": turns([{"type": "audio", "audio": "a.mp3"}], "A")}, "a part of type 'audio'"),
         ({"messages": turns([{"type": "text", "text": "Q"}, 3], "A")}, "a part that is a number"),
         ({"messages": turns([{"type": "image", "image": "a"}, "Q"], "A"), "images": ["b"]}, "are not the same"),
         ({"messages": turns([{"type": "image"}, {"type": "text", "text": "Q"}], "A")}, "no image but its text holds"),
         ({"messages": turns("Q", [{"type": "image", "image": "a"}])}, "turn 1 (assistant) holds <image>"),
         ({"messages": turns("Q", None)}, "'content' of turn 1 is null"),
-        ({"messages": turns("Q", "A"), "videos": ["a.mp4"]}, "'videos', and only pictures are read"),
+        ({"messages": turns("Q", "A"), "videos": ["a.mp4"]}, "video not found: a.mp4"),
+        ({"messages": turns("Q", "A"), "audios": ["a.mp3"]}, "'audios', and only pictures and frames"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
         ({"messages": [{"role": "pretrain", "content": "x"}]}, "text to pre-train on"),
         ({"messages": turns("<ImageHere> Q", "A")}, "no image but its text holds"),

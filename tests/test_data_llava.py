@@ -158,7 +158,7 @@ def test_the_source_is_said_by_the_row_or_its_image_folder_or_the_file(
         (None, "the row is null, not an object"),
         ([], "the row is a list, not an object"),
         ({}, "the row has no conversations"),
-        ({"conversations": QA, "video": "a.mp4"}, "the row has 'video', and only pictures are read"),
+        ({"conversations": QA, "video": "a.mp4"}, "video not found: a.mp4, nor frames in a"),
         ({"conversations": None}, "the row has no conversations"),
         ({"conversations": []}, "the row has no conversations"),
         ({"conversations": "hi"}, "conversations is a string, not a list"),

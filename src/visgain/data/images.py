@@ -17,7 +17,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import IO
 
@@ -75,8 +75,31 @@ class ImageFile:
         """
         return decode(self.path, lambda: self._locate().open("rb"), self.max_pixels)
 
+    def beside(self, path: str) -> ImageFile:
+        """What lies at another path, under the same rules."""
+        return replace(self, path=path)
+
+    def is_there(self) -> bool:
+        """Whether there is anything at the path. Raises ImageError if it is not allowed to look."""
+        return self._allowed().exists()
+
+    def names(self) -> list[str]:
+        """Names of the files in the folder at the path; none if it is no folder. Raises ImageError as `is_there`."""
+        target = self._allowed()
+        try:
+            return [entry.name for entry in os.scandir(target) if entry.is_file()] if target.is_dir() else []
+        except OSError as error:
+            raise ImageError(f"cannot read image folder {_one_line(self.path)}: {error.strerror or error}") from error
+
     def _locate(self) -> Path:
         """The path of a regular file that is allowed to be read."""
+        target = self._allowed()
+        if not stat.S_ISREG(target.stat().st_mode):  # before opening: a pipe would wait for ever
+            raise ImageError(f"image {_one_line(self.path)} is not a regular file")
+        return target
+
+    def _allowed(self) -> Path:
+        """The path of whatever is there, if it may be read."""
         shown = _one_line(self.path)
         if not self.path:
             raise ImageError("the image path is empty")
@@ -92,8 +115,6 @@ class ImageFile:
         target = self.root / relative
         if not self.follow_links and not target.resolve().is_relative_to(self.root.resolve()):
             raise ImageError(f"image {shown} is a link out of --image-root; --follow-links allows that")
-        if not stat.S_ISREG(target.stat().st_mode):  # before opening: a pipe would wait for ever
-            raise ImageError(f"image {shown} is not a regular file")
         return target
 
 

@@ -19,6 +19,7 @@ FILE = "dataset_info.json"
 _COLUMNS = {
     "messages": "messages",
     "images": "images",
+    "videos": "videos",
     "prompt": "prompt",
     "query": "input",
     "response": "response",

@@ -15,6 +15,7 @@ from typing import Any
 
 from visgain.data.conversation import Role, Said, Unusable, kind_of
 from visgain.data.records import MARKS, Columns, Layout, Talk
+from visgain.data.videos import VIDEO_MARK, is_video, part_video
 from visgain.types import IMAGE_MARK
 
 ROLES: dict[str, Role] = {
@@ -40,14 +41,16 @@ def read_turns(turns: Any, columns: Columns, name: str) -> Talk:
         raise Unusable(f"{name} is {kind_of(turns)}, not a list")
     said: list[Said] = []
     images: list[Any] = []
+    videos: list[Any] = []
     for index, turn in enumerate(turns):
         if not isinstance(turn, Mapping):
             raise Unusable(f"turn {index} is {kind_of(turn)}, not an object")
         role = _role(index, turn, columns)
-        text, inside = _content(index, turn, columns)
+        text, images_inside, videos_inside = _content(index, turn, columns)
         said.append((role, text))
-        images += inside
-    return Talk(said=said, images=images)
+        images += images_inside
+        videos += videos_inside
+    return Talk(said=said, images=images, videos=videos)
 
 
 def _role(index: int, turn: Mapping[str, Any], columns: Columns) -> Role:
@@ -63,30 +66,35 @@ def _role(index: int, turn: Mapping[str, Any], columns: Columns) -> Role:
     return roles[said_by]
 
 
-def _content(index: int, turn: Mapping[str, Any], columns: Columns) -> tuple[str, list[Any]]:
+def _content(index: int, turn: Mapping[str, Any], columns: Columns) -> tuple[str, list[Any], list[Any]]:
     name = columns.name("content", turn) or ("value" if "from" in turn else "content")
     content = turn.get(name)
     if isinstance(content, str):
-        return content, []
+        return content, [], []
     if not isinstance(content, list):
         raise Unusable(f"'{name}' of turn {index} is {kind_of(content)}, not a string")
     return _join_parts(index, content)
 
 
-def _join_parts(index: int, parts: Sequence[Any]) -> tuple[str, list[Any]]:
-    """The text of the parts, with an IMAGE_MARK for each image part, and those images that the parts hold."""
+def _join_parts(index: int, parts: Sequence[Any]) -> tuple[str, list[Any], list[Any]]:
+    """The text of the parts, with a mark for each image and video part, and those of either that the parts hold."""
     texts: list[str] = []
     images: list[Any] = []
-    marked = any(mark in text for text in map(_part_text, parts) if text for mark in (IMAGE_MARK, *MARKS))
+    videos: list[Any] = []
+    written = "".join(text for text in map(_part_text, parts) if text)
+    marked = any(mark in written for mark in (IMAGE_MARK, *MARKS))
     for part in parts:
         text = _part_text(part)
         if text is not None:
             texts.append(text)
+        elif is_video(part):
+            texts += [] if VIDEO_MARK in written else [VIDEO_MARK]
+            videos += part_video(part)
         else:
             image = _part_image(index, part)
             texts += [] if marked else [IMAGE_MARK]
             images += [] if image is None else [image]
-    return "".join(texts), images
+    return "".join(texts), images, videos
 
 
 def _part_text(part: Any) -> str | None:

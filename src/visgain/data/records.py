@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
@@ -29,6 +29,7 @@ from visgain.data.conversation import (
     raw_fingerprint,
 )
 from visgain.data.images import ImageFile
+from visgain.data.videos import FRAMES, listed_videos, video_frames, with_frames
 from visgain.errors import ConfigError, DataError
 from visgain.registry import Registry, suggest
 from visgain.types import IMAGE_MARK, ImageRef, Sample, Skipped
@@ -36,6 +37,7 @@ from visgain.types import IMAGE_MARK, ImageRef, Sample, Skipped
 KEYS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations"),
     "images": ("image_bytes", "images", "image"),
+    "videos": ("videos", "video"),
     "id": ("id", "__key__"),
     "source": ("source", "data_source"),
     "prompt": ("query", "instruction", "question", "prompt"),
@@ -49,20 +51,22 @@ KEYS: dict[str, tuple[str, ...]] = {
     "assistant": (),
     "system": (),
     "mark": (),
+    "frames": (),
 }
 """What --columns can say: a key with the names that are tried where it does not say it.
 
-The first nine are fields of a row, `role` and `content` fields of a turn; `user`, `assistant` and `system` are names of
-roles beside the usual ones, `mark` is what stands in the text where an image is.
+The first ten are fields of a row, `role` and `content` fields of a turn; `user`, `assistant` and `system` are names of
+roles beside the usual ones, `mark` is what stands in the text where an image is, `frames` how many frames of a video
+are shown at most.
 """
 
 _ROLES: tuple[Role, ...] = ("user", "assistant", "system")
-_NOT_FIELDS = ("role", "content", "user", "assistant", "system", "mark")
+_NOT_FIELDS = ("role", "content", "user", "assistant", "system", "mark", "frames")
 MARKS = ("<ImageHere>", "<IMG_CONTEXT>", "<__dj__image>")
 """What stands for an image in the texts of XComposer, xtuner and Data-Juicer, where IMAGE_MARK does not."""
 
 _INLINE = re.compile(r"<img>(.+?)</img>", re.DOTALL)
-_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_OTHER_MEDIA = ("audio", "audios")
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Columns:
         for key in given:
             if key not in KEYS:
                 raise ConfigError(f"--columns has the unknown key {key!r}; {suggest(key, KEYS)}")
+        if (frames := given.get("frames", "1")) and not (frames.isdecimal() and int(frames)):
+            raise ConfigError(f"--columns says frames={frames}; it is a number of frames, at least 1")
         return cls(dict(sorted(given.items())))
 
     def __bool__(self) -> bool:
@@ -95,6 +101,11 @@ class Columns:
     def roles(self) -> dict[str, Role]:
         """The roles that the user names beside the usual ones."""
         return {self.names[role]: role for role in _ROLES if role in self.names}
+
+    @property
+    def frames(self) -> int:
+        """How many frames of a video are shown at most."""
+        return int(self.names.get("frames", FRAMES))
 
     def name(self, key: str, fields: Collection[str]) -> str | None:
         """The name for `key` among `fields`: the one said, else the first usual one; None if it is not there."""
@@ -129,6 +140,7 @@ class Talk:
 
     said: Sequence[Said]  # with IMAGE_MARK where the record says that an image stands
     images: Sequence[Any] = ()  # those that stand in the turns themselves, in order; not the field of images
+    videos: Sequence[Any] = ()  # the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +214,15 @@ def read_record(
         if not isinstance(record, Mapping):
             raise Unusable(f"the row is {kind_of(record)}, not an object")
         images = tuple(map(open_image, _listed_images(columns.value("images", fields))))
-        talk = _mark_places(layout.read(fields, columns, len(images)), columns, has_images=bool(images))
+        videos = listed_videos(columns.value("videos", fields))
+        talk = layout.read(fields, columns, len(images) + len(videos))
+        talk = _mark_places(talk, columns, has_images=bool(images))
         images = _all_images(images, tuple(map(open_image, talk.images)))
+        frames = [video_frames(video, open_image, columns.frames) for video in talk.videos or videos]
+        said, images = with_frames(talk.said, images, frames)
         without = not images
         _refuse_other_media(fields)
-        turns = make_turns(talk.said, n_images=len(images))
+        turns = make_turns(said, n_images=len(images))
     except Unusable as reason:
         return Skipped(
             row=row,
@@ -246,13 +262,13 @@ def _mark_places(talk: Talk, columns: Columns, *, has_images: bool) -> Talk:
     if not has_images and not images and any(_INLINE.search(text) for text in users):
         images = [path.strip() for text in users for path in _INLINE.findall(text)]
         said = [(role, _INLINE.sub(IMAGE_MARK, text) if role == "user" else text) for role, text in said]
-    return Talk(said=said, images=images)
+    return replace(talk, said=said, images=images)
 
 
 def _refuse_other_media(fields: Mapping[str, Any]) -> None:
     for name in _OTHER_MEDIA:
         if not _is_nothing(fields.get(name)):
-            raise Unusable(f"the row has {name!r}, and only pictures are read")
+            raise Unusable(f"the row has {name!r}, and only pictures and frames of videos are read")
 
 
 def _source(fields: Mapping[str, Any], columns: Columns, images: tuple[ImageRef, ...], without: bool, name: str) -> str:
