@@ -147,9 +147,20 @@ def test_without_the_dataset_there_are_no_words(scores: Path) -> None:
 
 @pytest.mark.parametrize(
     ("word", "kind"),
-    [("Red", "colour"), ("Yes", "yes/no"), ("orange", "colour"), ("glass", "attribute"), ("THE", "function"), ("42", "number"),
-     ("behind", "space"), ("zebra", "object"), ("sitting", "action"), ("quux", "other"), ("été", "other")],
-)  # fmt: skip
+    [
+        ("Red", "colour"),
+        ("orange", "colour"),
+        ("Yes", "yes/no"),
+        ("glass", "attribute"),
+        ("THE", "function"),
+        ("42", "number"),
+        ("behind", "space"),
+        ("zebra", "object"),
+        ("sitting", "action"),
+        ("quux", "other"),
+        ("été", "other"),
+    ],
+)
 def test_words_have_classes(word: str, kind: str) -> None:
     assert class_of(word) == kind
     assert by_list(f"“{word}”, she said")[0] == (1, 1 + len(word), kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -188,3 +189,32 @@ def test_the_command_line_prints_the_table(pope: Path, tmp_path: Path, capsys: p
     assert "pope (official): 4 questions, the first ones only" in printed.out
     assert "accuracy" in printed.out
     assert "asking pope" in printed.err
+
+
+def test_answers_are_exported_for_other_scorers(whole: Path, pope: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd.jsonl"
+    answers = [json.loads(line) for line in (whole / "answers.jsonl").read_text().splitlines()]
+    answers[0]["prediction"] = 'No,\t"none"\nof it \u2028 \u00e9'
+    odd.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    run_eval(config(pope, tmp_path, model=None, answers=odd, export="llava, vlmevalkit,rrc"))
+    said = [answer["prediction"] for answer in answers]
+    lines = (tmp_path / "pope" / "answers-llava.jsonl").read_text().split("\n")[:-1]
+    rows = [json.loads(line) for line in lines]
+    assert [row["text"] for row in rows] == said
+    assert [row["category"] for row in rows] == [answer["split"] for answer in answers]
+    assert len({row["answer_id"] for row in rows}) == 40
+    with (tmp_path / "pope" / "answers-vlmevalkit.tsv").open(newline="") as file:
+        table = list(csv.DictReader(file, delimiter="\t"))
+    assert [row["prediction"] for row in table] == said
+    assert [row["index"] for row in table] == [answer["id"] for answer in answers]
+    served = json.loads((tmp_path / "pope" / "answers-rrc.json").read_text())
+    assert [row["answer"] for row in served] == said
+    # What is exported reads back: answers in LLaVA's form give the same metrics.
+    again = config(pope, tmp_path / "again", model=None, answers=tmp_path / "pope" / "answers-llava.jsonl")
+    assert run_eval(again)[0].metrics == run_eval(config(pope, tmp_path, model=None, stages="score"))[0].metrics
+
+
+def test_an_unknown_export_is_told_before_anything_is_asked(pope: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="llava"):
+        run_eval(config(pope, tmp_path, export="lava"))
+    assert not list(tmp_path.iterdir())

@@ -269,6 +269,8 @@ class EvalConfig:
     """Most requests to the judge in a minute."""
     judge_price: str = ""
     """US dollars for a million tokens in and out, as 2.5,10, for the estimate before it starts."""
+    export: str = ""
+    """Also write the answers for other scorers, with commas between: llava, vlmevalkit, rrc."""
     force: bool = False
     """Print a score even if more than 2 % of the judge's replies cannot be read."""
     limit: int | None = None
@@ -305,6 +307,10 @@ class EvalConfig:
     def names(self) -> list[str]:
         """The benchmarks, each once."""
         return list(dict.fromkeys(name for part in self.benchmarks.split(",") if (name := part.strip())))
+
+    @property
+    def exports(self) -> list[str]:
+        return [name for part in self.export.split(",") if (name := part.strip())]
 
     @property
     def variants(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ from visgain.evaluation.answers import Answer, joined, read_answers
 from visgain.evaluation.benchmark import BENCHMARKS, Benchmark, Item, JudgedBenchmark, Question
 from visgain.evaluation.bootstrap import Estimate, estimates
 from visgain.evaluation.decoding import parse_decoder
+from visgain.evaluation.export import EXPORTS, export_answers
 from visgain.evaluation.foreign import read_foreign
 from visgain.evaluation.generate import Ask, Decoder, answers
 from visgain.evaluation.judge import JudgeOptions, judge_answers
@@ -83,6 +84,8 @@ class Models:
 def run_eval(config: EvalConfig) -> list[Result]:
     """Every benchmark that is asked for, through the stages that are asked for. Raises VisgainError for any mistake."""
     benchmarks = [BENCHMARKS.get(name)() for name in config.names]  # all names first: a typo must not cost a night
+    for name in config.exports:
+        EXPORTS.get(name)
     asked = {benchmark.name: read_questions(config, benchmark) for benchmark in benchmarks}
     variants = {benchmark.name: _variant(config, benchmark) for benchmark in benchmarks}
     models, results = Models(config), []
@@ -90,6 +93,8 @@ def run_eval(config: EvalConfig) -> list[Result]:
         questions, folder = asked[benchmark.name], config.out / benchmark.name
         if "generate" in config.stages:
             generate(config, benchmark, questions, models)
+        if config.exports:
+            _export(config, benchmark, questions)
         if "judge" in config.stages and config.judge is not None and isinstance(benchmark, JudgedBenchmark):
             judge(config, benchmark, questions)
         if "score" in config.stages:
@@ -256,12 +261,23 @@ def score(config: EvalConfig, benchmark: Benchmark, questions: Sequence[Question
     )
 
 
-def _predictions(config: EvalConfig, benchmark: Benchmark, questions: Sequence[Question]) -> list[str]:
+def _export(config: EvalConfig, benchmark: Benchmark, questions: Sequence[Question]) -> None:
+    answered = _answered(config, benchmark, questions)
+    model = config.model or "unknown"
+    export_answers(
+        config.out / benchmark.name, config.exports, list(zip(questions, answered, strict=True)), Path(model).name
+    )
+
+
+def _answered(config: EvalConfig, benchmark: Benchmark, questions: Sequence[Question]) -> list[Answer]:
     path = config.out / benchmark.name / ANSWERS
     if not path.is_file():
         raise DataError(f"{path} does not exist: run the stage `generate` first, or give --answers")
-    found = joined(questions, read_answers(path, benchmark.name), f"answers in {path}")
-    return [answer.prediction for answer in found]
+    return joined(questions, read_answers(path, benchmark.name), f"answers in {path}")
+
+
+def _predictions(config: EvalConfig, benchmark: Benchmark, questions: Sequence[Question]) -> list[str]:
+    return [answer.prediction for answer in _answered(config, benchmark, questions)]
 
 
 def _judgements(config: EvalConfig, benchmark: Benchmark) -> list[Judgement]:
