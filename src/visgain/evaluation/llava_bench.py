@@ -22,7 +22,17 @@ from jaxtyping import Bool, Float64
 
 from visgain.data.images import ImageFile
 from visgain.errors import DataError
-from visgain.evaluation.benchmark import Item, JudgeRequest, Metric, Question, Scored, Weights, average, judge_runs
+from visgain.evaluation.benchmark import (
+    Item,
+    JudgeRequest,
+    Metric,
+    Question,
+    Scored,
+    Weights,
+    average,
+    judge_runs,
+    ratio,
+)
 from visgain.evaluation.hub import image_folder, local_copy, preferred
 from visgain.evaluation.judge_prompt import filled
 from visgain.evaluation.records import Record, by_id, field_named, read_records, unique
@@ -158,22 +168,19 @@ class LlavaBench:
 
 def _metrics(pairs: Float64[np.ndarray, "n 2"], where: Bool[np.ndarray, " n"], how: Variant) -> dict[str, Metric]:
     """Of one run and the questions that are `where`: percent, and ten times the mean scores."""
+    reference, model = (ratio(pairs[:, which] * where, where) for which in (0, 1))
 
     def rounded(value: float, decimals: int) -> float:
         return round(value, decimals) if how.is_rounded else value
 
-    def mean(weights: Weights, which: int) -> float:
-        total = float(weights[where].sum())
-        return rounded(float(weights[where] @ pairs[where, which]) / total, 3) if total else float("nan")
-
     def relative(weights: Weights) -> float:
-        reference, model = mean(weights, 0), mean(weights, 1)
-        return rounded(model / reference * 100, 1) if reference else float("nan")
+        above, below = rounded(model(weights), 3), rounded(reference(weights), 3)
+        return rounded(above / below * 100, 1) if below else float("nan")
 
     return {
         "relative": relative,
-        "reference": lambda weights: rounded(mean(weights, 0) * 10, 1),
-        "model": lambda weights: rounded(mean(weights, 1) * 10, 1),
+        "reference": lambda weights: rounded(rounded(reference(weights), 3) * 10, 1),
+        "model": lambda weights: rounded(rounded(model(weights), 3) * 10, 1),
     }
 
 
