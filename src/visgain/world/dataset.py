@@ -75,8 +75,8 @@ SPLITS = {
     "train": Split(bias=0.9, captions=0.15, common_sense=0.25, text_only=0.06, existence=0.15, turns=(1, 3)),
     "test": Split(bias=-1.0, captions=0.2, common_sense=0.0, text_only=0.0, existence=0.35, turns=(1, 1)),
     # The embedded model learns to see (one object to a picture), to look around ("align"), to find an object by its
-    # kind ("notes"), to answer about it ("ask"), everything together ("questions"), and then what came slowest ("where",
-    # "relate") before everything once more ("everything").
+    # kind ("notes"), to answer about it ("ask"), everything together ("questions"), and then what came slowest
+    # ("where", "relate") before everything once more ("everything").
     "easy": Split(bias=0.0, captions=0.5, common_sense=0.02, text_only=0.02, existence=0.0, turns=(1, 1), objects=1),
     "notes": Split(bias=0.0, captions=0.0, common_sense=0.0, text_only=0.0, existence=0.0, turns=(1, 1), notes=1.0),
     "ask": Split(

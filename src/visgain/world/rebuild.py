@@ -1,8 +1,8 @@
 """Rebuild the embedded model from nothing: `make embedded-model`, or `python -m visgain.world.rebuild --out FOLDER`.
 
-A curriculum of eight runs of the project's own `train`: one object to a picture, full scenes, notes, questions about
-one thing, everything, what came slowest (in two steps), everything again.
-Rerunning resumes. The trained model is FOLDER/everything; how good it is lands in FOLDER/quality.json.
+A curriculum of nine runs of the project's own `train`: one object to a picture, full scenes, notes, questions about
+one thing, everything, what came slowest (in two steps), everything twice more.
+Rerunning resumes. The trained model is FOLDER/everything-2; how good it is lands in FOLDER/quality.json.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ class Stage:
     split: Literal["easy", "align", "notes", "ask", "questions", "where", "relate", "everything"]
     rows: int
     recipe: str
+    number: int = 1  # which stage with this split it is: each draws pictures of its own
+
+    @property
+    def name(self) -> str:
+        return self.split if self.number == 1 else f"{self.split}-{self.number}"
 
 
 STAGES = (
@@ -37,6 +42,7 @@ STAGES = (
     Stage(split="where", rows=44_800, recipe="embedded-where"),
     Stage(split="relate", rows=76_800, recipe="embedded-relate"),
     Stage(split="everything", rows=76_800, recipe="embedded-questions"),
+    Stage(split="everything", rows=76_800, recipe="embedded-questions", number=2),
 )
 
 
@@ -46,10 +52,10 @@ def rebuild(out: Path, *, seed: int = 0) -> Path:
     if not (model / "processor_config.json").is_file():
         build_blank(model, seed)
     for stage in STAGES:
-        data = out / f"world-{stage.split}" / "data.json"
+        data = out / f"world-{stage.name}" / "data.json"
         if not data.is_file():
-            write_world(WorldConfig(out=data.parent, split=stage.split, rows=stage.rows, seed=seed))
-        trained = out / stage.split
+            write_world(WorldConfig(out=data.parent, split=stage.split, rows=stage.rows, seed=seed + stage.number - 1))
+        trained = out / stage.name
         if not (trained / "train.json").is_file():
             config = TrainConfig(
                 model=str(model), data=data, out=trained, recipe=stage.recipe, dtype="bfloat16", seed=seed
