@@ -44,7 +44,7 @@ class JudgeOptions:
     prompt: Path | None = None  # the user's wording
     concurrency: int = 8
     per_minute: float | None = None  # requests
-    timeout: float = 120.0  # seconds for one reply
+    timeout: float = 300.0  # seconds for one reply
     price: str = ""  # US dollars for a million tokens in and out, as 2.5,10
     cache: Path | None = None
 
@@ -218,6 +218,9 @@ def _asked(
         done = tqdm(as_completed(futures), total=len(tasks), desc=f"judging {benchmark.name}", unit="reply")
         for future in done:
             yield futures[future], future.result()
+    except KeyboardInterrupt:
+        tqdm.write("visgain: waiting for the replies that are under way, to keep them", file=sys.stderr)
+        raise
     finally:
         judge.endpoint.stop()
         pool.shutdown(wait=True, cancel_futures=True)
