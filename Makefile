@@ -34,6 +34,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/open_dataset.py
 	$(BIN)/python benchmarks/ranks.py
 
 # Needs a CUDA device and some 16 GB of its memory.

@@ -350,6 +350,7 @@ def test_an_answer_that_the_user_names_wins_over_what_else_is_there(tmp_path: Pa
     [
         ("mesages=x", ConfigError, "unknown key 'mesages'; did you mean 'messages'"),
         ("messages", ConfigError, "'messages' without a name"),
+        ("id=a, id=b", ConfigError, "'id' more than once"),
         ("messages=", ConfigError, "'messages' without a name"),
         ("messages=conversation", ConfigError, "no row of .* has 'conversation'; did you mean 'conversations'"),
         ("images=pictures", ConfigError, "no row of .* has 'pictures'"),

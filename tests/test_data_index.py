@@ -235,6 +235,27 @@ def test_a_malformed_file_leaves_nothing_behind(tmp_path: Path, parsed: list[Pat
     assert kept_files() == []
 
 
+def test_a_malformed_file_is_parsed_once(tmp_path: Path, parsed: list[Path]) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"a": 1}\n{"a"')
+    with pytest.raises(DataError, match="line 2"):
+        JsonRows(settle(path))
+    assert parsed == [path]
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_lines(tmp_path / "data.jsonl", list(rows_of(3)))
+
+    def replaced_meanwhile(path: Path) -> index.RowIndex:
+        other = write_lines(tmp_path / "other.jsonl", list(rows_of(5)))
+        other.replace(path)
+        return _build(path)
+
+    monkeypatch.setattr(jsontext, "build_index", replaced_meanwhile)
+    with pytest.raises(DataError, match="changed while it was read"):
+        JsonRows(path)
+
+
 def test_small_files_are_not_kept(tmp_path: Path) -> None:
     JsonRows(write_lines(tmp_path / "data.jsonl", list(rows_of(5))))
     assert not cache_folder().exists()

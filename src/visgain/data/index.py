@@ -59,12 +59,17 @@ def row_index(path: Path, kind: str, build: Callable[[Path], RowIndex]) -> RowIn
     Where the cache cannot be written, the index is in memory, and made again by the next process.
     """
     status = path.stat()
-    if status.st_size < KEPT_BYTES or time.time() - status.st_mtime < SETTLED_SECONDS:
+    if status.st_size < KEPT_BYTES or abs(time.time() - status.st_mtime) < SETTLED_SECONDS:
         return build(path)
     built: list[RowIndex] = []  # so that a cache that fails costs no second pass
+    faults: list[DataError] = []  # of the file, not of the cache
 
     def write(target: Path) -> None:
-        built.append(build(path))
+        try:
+            built.append(build(path))
+        except DataError as fault:
+            faults.append(fault)
+            raise
         _write(target, built[0])
 
     try:
@@ -72,11 +77,11 @@ def row_index(path: Path, kind: str, build: Callable[[Path], RowIndex]) -> RowIn
         if (index := _read(kept, status.st_size)) is None:
             kept.unlink(missing_ok=True)
             index = _read(derived(kind, [path], write), status.st_size)
-    except (DataError, OSError):
-        if not built:
-            return build(path)  # and raises if it was the file's fault
+    except (DataError, OSError, NotImplementedError):  # the last where the file system knows no locks
+        if faults:
+            raise faults[0] from None
         index = None
-    return index or built[0]
+    return index or (built[0] if built else build(path))
 
 
 def _write(target: Path, index: RowIndex) -> None:
@@ -179,11 +184,12 @@ class IndexedFile:
         try:
             self._file = os.open(self.path, os.O_RDONLY)
             self._closing = weakref.finalize(self, os.close, self._file)
-            self._state = _state(self._file)
+            self._state = _state(os.fstat(self._file))
             self.index = index or row_index(self.path, *self._made)
+            now = _state(self.path.stat())
         except OSError as error:
             raise DataError(f"cannot read dataset {self.path}: {error}") from error
-        if _state(self._file) != self._state:
+        if now != self._state:
             raise DataError(f"{self.path} changed while it was read; open it again when it is written")
 
     def __len__(self) -> int:
@@ -216,6 +222,5 @@ class IndexedFile:
             raise self.changed()
 
 
-def _state(file: int) -> tuple[int, int]:
-    status = os.fstat(file)
+def _state(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns

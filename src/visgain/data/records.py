@@ -86,6 +86,10 @@ class Columns:
             wrong = next((key for key, equals, name in pairs if not (equals and key.strip() and name.strip())), None)
             if wrong is not None:
                 raise ConfigError(f"--columns has {wrong!r} without a name; write e.g. messages=dialog,images=pictures")
+            keys = [key.strip() for key, _, _ in pairs]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise ConfigError(f"--columns has the key {twice!r} more than once; one field has one name")
             given = {key.strip(): name.strip() for key, _, name in pairs}
         for key in given:
             if key not in KEYS:

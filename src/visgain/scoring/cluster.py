@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from visgain.config import ScoreConfig
+from visgain.data.parts import base_of, whole
 from visgain.errors import ConfigError, VisgainError
 from visgain.scoring.claims import Rank
 from visgain.scoring.plan import read_plan
@@ -200,7 +201,7 @@ def from_anywhere(config: ScoreConfig, needs: Resources) -> ScoreConfig:
         config,
         backend="local",
         model=model_name(config.model),
-        data=config.data.absolute() if config.data.exists() else config.data,  # else a name on the hub
+        data=whole(config.data) if base_of(config.data).exists() else config.data,  # else a name on the hub
         out=config.out.absolute(),
         image_root=config.image_root and config.image_root.absolute(),
         # Of all GPUs a worker sees the one that Ray gave it.
