@@ -378,6 +378,10 @@ class ReportConfig:
     """The image folder, if it moved since the dataset was scored."""
     truth: Path | None = None
     """Ground truth of the embedded world (truth.jsonl), for the ROC curve [default: beside the dataset]."""
+    evals: Path | None = None
+    """Folder that `visgain eval` wrote, to show its results."""
+    analyses: Path | None = None
+    """Folder that `visgain analyze` wrote, to show its tables."""
     results: Path | None = None
     """demo.json of a demo run, to show its table of arms."""
     samples: int = 24
