@@ -172,6 +172,17 @@ def test_a_damaged_file_of_the_cache_is_asked_again(damage: bytes, tmp_path: Pat
         assert len(server.seen) == 17
 
 
+def test_a_file_of_the_cache_under_another_name_is_not_believed(tmp_path: Path) -> None:
+    with serving(grade) as server:
+        first = ask(server.url, tmp_path)
+        paths = sorted(tmp_path.rglob("*.json"))
+        contents = [path.read_bytes() for path in paths]
+        for path, content in zip(paths, [*contents[1:], contents[0]], strict=True):
+            path.write_bytes(content)
+        assert ask(server.url, tmp_path) == first
+        assert len(server.seen) == 24
+
+
 def test_a_cache_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with serving(grade) as server, pytest.raises(Exception, match="file") as told:
