@@ -44,13 +44,14 @@ class Answer:
 
     def chars(self, offsets: Int64[np.ndarray, "A 2"]) -> Int32[np.ndarray, "A 2"]:
         """Spans of its tokens in the sample's text. What follows the text has no width and stands at its end."""
-        inside = np.clip(offsets, self.text_start, self.text_stop) - self.text_start + self.skipped
+        clipped = np.clip(offsets, self.text_start, self.text_stop) - self.text_start + self.skipped
+        inside: np.ndarray = clipped.astype(np.int32)
         after = offsets[:, 0] >= self.text_stop
         inside[after] = self.length
         # A lone space before the text counts with the first character, as a lone byte of it would.
         before = (inside[:, 1] == self.skipped) & ~after
         inside[before, 1] = self.skipped + 1
-        return inside.astype(np.int32)
+        return inside
 
 
 @dataclass(frozen=True, kw_only=True)
