@@ -113,7 +113,8 @@ def test_the_published_table_to_the_printed_digit(fixtures: Path, tmp_path: Path
     }
     answered = [Item(question=question, prediction=said[question.key]) for question in questions]
     random.Random(0).shuffle(answered)
-    found, scored = values(answered), POPE.score(answered, "official")
+    scored = POPE.score(answered, "official")
+    found = {name: metric(np.ones(len(answered))) for name, metric in scored.metrics.items()}
     for strategy in STRATEGIES:
         table = expected["computed_percent"][strategy]
         assert round(found[f"coco/{strategy}.f1"], 1) == expected["published"][strategy]
@@ -267,7 +268,7 @@ REPLY = st.sampled_from(["Yes", "No", "no.", "NO", "Yes, not", "", "unsure", "\u
 
 
 @given(st.lists(st.tuples(st.sampled_from(["yes", "no"]), REPLY), min_size=1, max_size=30), st.sampled_from([*PARSERS]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_numbers_are_those_of_plain_counting(said: list[tuple[str, str]], variant: str) -> None:
     found, parser = values(items(*said), variant), PARSERS[variant]
     tp = fp = fn = right = yes = 0
