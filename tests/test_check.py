@@ -21,7 +21,7 @@ from tiny_models import CHATML
 from tiny_run import conversation
 from visgain.check import data_checks, label_checks
 from visgain.check.findings import Finding, findings
-from visgain.check.reading import Reading, pieces, read, sample_rows
+from visgain.check.reading import Reading, pieces, read, sample_rows, supervised
 from visgain.check.scan import RUN_ROWS, Scan, scan, spread
 from visgain.data import open_dataset
 from visgain.errors import VisgainError
@@ -242,21 +242,31 @@ ENDS = "{{ eos_token }}"
 @pytest.mark.parametrize(
     ("template", "label"),
     [
-        (marked(" ASSISTANT:", ENDS), "ASSISTANT:"),
-        (marked("{{ bos_token }}", "{% if add_generation_prompt %}"), "USER:"),
-        (CHAT_TEMPLATE.replace(ENDS, ENDS + "Next comes USER:"), "Next comes USER:"),
+        (marked(" ASSISTANT:", ENDS), "' ASSISTANT: '"),
+        (CHAT_TEMPLATE.replace(ENDS, ENDS + "Next comes USER:"), "'</s>Next comes USER:'"),
     ],
 )
 def test_labels_that_include_the_prompt_are_found(template: str, label: str, vlm: VLM, data: Path) -> None:
-    vlm.processor.chat_template = template.replace(
-        "{% if add_generation_prompt %}{% endgeneration %}", "{% endgeneration %}{% if add_generation_prompt %}"
-    )
-    found_here = found(vlm, data)
-    told = found_here.get("supervised-prompt") or found_here["skipped-rows"]
-    assert told.severity == "error"
-    if told.check == "supervised-prompt":
-        assert label in told.seen
-        assert "{% generation %}" in told.mend
+    vlm.processor.chat_template = template
+    finding = found(vlm, data)["supervised-prompt"]
+    assert finding.severity == "error"
+    assert label in finding.seen
+    assert "{% generation %}" in finding.mend
+
+
+def test_labels_on_everything_are_found_whatever_the_encoder_says_of_them(vlm: VLM, data: Path) -> None:
+    facts = reading(vlm, data)
+    assert label_checks.supervised_prompt(facts) is None
+    everything = []
+    for one in facts.rows:
+        assert one.whole is not None
+        is_answer = ~facts.is_image(one.whole)
+        n = int(is_answer.sum())
+        whole = replace(one.whole, is_answer=is_answer, turn=np.zeros(n, np.int32), chars=np.zeros((n, 2), np.int32))
+        everything.append(replace(one, runs=supervised(vlm.tokenizer, whole, one.sample.answers)))
+    finding = label_checks.supervised_prompt(replace(facts, rows=everything))
+    assert finding is not None
+    assert finding.rows == (0, 1, 2, 3, 4)
 
 
 def test_marks_around_answers_alone_are_right(vlm: VLM, data: Path) -> None:
