@@ -26,20 +26,28 @@ from visgain.training.trainer import TrainSummary
 SURFACE = {
     "demo": "--out --rows --seed --steps --test-rows",
     "score": (
-        "--backend --batch-tokens --columns --counterfactual --data --device --dtype --end-of-turn --follow-links --format "
-        "--image-root "
-        "--limit --max-length --max-pixels --model --no-follow-links --no-per-image --no-trust-remote-code --out "
+        "--backend --batch-tokens --columns --counterfactual --data --device --dtype --end-of-turn --follow-links "
+        "--format --image-root --limit --max-length --max-pixels --model --no-follow-links --no-per-image --no-trust-remote-code --out "
         "--part-rows --per-image --projector --seed --template --trust-remote-code --way --workers"
     ),
     "select": "--by --end-of-turn --keep --keep-tokens --out --scores --seed --skipped --table",
     "train": (
         "--batch-size --columns --data --device --dtype --epochs --follow-links --format --image-root "
-        "--learning-rate --lora-rank "
-        "--loss-reduction --max-length --max-pixels --max-steps --micro-batch --model --no-follow-links "
-        "--no-trust-remote-code --out --parts --projector --recipe --report-to --save-steps --seed --selection --template "
-        "--trust-remote-code"
+        "--learning-rate --lora-rank --loss-reduction --max-length --max-pixels --max-steps --micro-batch --model "
+        "--no-follow-links --no-trust-remote-code --out --parts --projector --recipe --report-to --save-steps --seed "
+        "--selection --template --trust-remote-code"
     ),
-    "report": "--data --image-root --out --results --samples --scores --selection --truth",
+    "eval": (
+        "--answers --batch-size --benchmarks --data --decoding --device --dtype --export --force --image-root --judge "
+        "--judge-concurrency --judge-per-minute --judge-price --judge-prompt --judge-runs --limit --max-length "
+        "--max-new-tokens --model --no-force --no-trust-remote-code --out --seed --stages --template "
+        "--trust-remote-code --variant"
+    ),
+    "analyze": (
+        "--benchmarks --counterfactual --data --device --dtype --image-root --max-length --model "
+        "--no-trust-remote-code --out --part-of-speech --rows --scores --template --trust-remote-code"
+    ),
+    "report": "--analyses --data --evals --image-root --out --results --samples --scores --selection --truth",
     "show": "--data --scores ROW",
     "world": "--bias --out --rows --seed --split",
     "list": "",
@@ -53,6 +61,8 @@ REQUIRED = {
     "score": "--data --model --out",
     "select": "--out --scores",
     "train": "--data --model --out",
+    "eval": "--benchmarks --data --out",
+    "analyze": "--out",
     "report": "--scores",
     "show": "--scores ROW",
     "world": "--out",
@@ -340,6 +350,8 @@ def test_list_names_what_can_be_chosen() -> None:
     assert {"blur", "mean", "noise", "none", "shuffle", "swap"} <= set(named["counterfactuals"].split(", "))
     assert "json" in named["data formats"].split(", ")
     assert "llava" in named["data layouts"].split(", ")
+    assert {"pope", "chair", "mmvet"} <= set(named["benchmarks"].split(", "))
+    assert {"greedy", "vcd", "pai"} <= set(named["decodings"].split(", "))
     assert {"tune", "align"} <= set(named["recipes"].split(", "))
     assert "llava-1.5" in named["templates"].split(", ")
 

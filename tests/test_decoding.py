@@ -20,7 +20,8 @@ from visgain.counterfactuals import diffusion_signal, parse_counterfactual
 from visgain.errors import ConfigError, ModelError, UnknownName
 from visgain.evaluation import contrast
 from visgain.evaluation.attend import boosted, redistributed
-from visgain.evaluation.decoding import noised, parse_decoder
+from visgain.evaluation.decoders import parse_decoder
+from visgain.evaluation.decoding import noised
 from visgain.evaluation.generate import Ask, Greedy, Prompt, batch_seed, generated
 from visgain.types import IMAGE_MARK, Turn
 from visgain.vlm.load import VLM, load_vlm

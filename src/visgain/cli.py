@@ -192,17 +192,23 @@ def world(config: Annotated[WorldConfig, FLAT]) -> None:
 
 @app.command(name="list")
 def list_names() -> None:
-    """List counterfactuals, templates, data formats and layouts, and recipes by name."""
+    """List what options take by name: benchmarks, counterfactuals, data formats, decodings, recipes, templates."""
     from visgain.counterfactuals import COUNTERFACTUALS
     from visgain.data import FORMATS
     from visgain.data.records import LAYOUTS
+    from visgain.evaluation.benchmark import BENCHMARKS
+    from visgain.evaluation.decoders import DECODERS
+    from visgain.evaluation.export import EXPORTS
     from visgain.training.recipe import recipe_names
     from visgain.vlm.profiles import template_names
 
     for kind, names in (
+        ("benchmarks", BENCHMARKS.names()),
         ("counterfactuals", COUNTERFACTUALS.names()),
         ("data formats", FORMATS.names()),
         ("data layouts", LAYOUTS.names()),
+        ("decodings", DECODERS.names()),
+        ("exports of answers", EXPORTS.names()),
         ("recipes", recipe_names()),
         ("templates", template_names()),
     ):

@@ -24,8 +24,8 @@ from visgain.counterfactuals import diffusion_signal, parse_counterfactual
 from visgain.errors import ConfigError, ModelError
 from visgain.evaluation import contrast
 from visgain.evaluation.attend import Boost, Redistribute, edited, unedited
-from visgain.evaluation.generate import Decoder, Prompt, batch_seed, generated, pad_id
-from visgain.registry import Registry, spec_of
+from visgain.evaluation.generate import Prompt, batch_seed, generated, pad_id
+from visgain.registry import spec_of
 from visgain.types import IMAGE_MARK, Encoded, Turn
 from visgain.vlm.batch import pad_batch
 from visgain.vlm.encode import PER_TOKEN_INPUTS, Encoder
@@ -207,26 +207,6 @@ class VAR:
             raise ConfigError(f"var:dims is {self.dims!r}; it must be numbers with slashes between") from None
         _check(all(0 <= dim < config.hidden_size for dim in dims), f"var:dims is {self.dims}; {vlm.name} has no such")
         return dims
-
-
-DECODERS: Registry[type[Decoder]] = Registry(
-    "decoding",
-    {
-        "greedy": "visgain.evaluation.generate:Greedy",
-        "sample": Sample,
-        "vcd": VCD,
-        "pai": PAI,
-        "m3id": M3ID,
-        "guidance": Guidance,
-        "var": VAR,
-    },
-)
-
-
-def parse_decoder(spec: str) -> Decoder:
-    """The decoder that `name` or `name:key=value,key=value` says. Raises UnknownName or ConfigError."""
-    made: Decoder = DECODERS.make(spec)
-    return made
 
 
 def _check(condition: bool, message: str) -> None:

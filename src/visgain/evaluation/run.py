@@ -22,7 +22,7 @@ from visgain.errors import ConfigError, DataError
 from visgain.evaluation.answers import Answer, joined, read_answers
 from visgain.evaluation.benchmark import BENCHMARKS, Benchmark, Item, JudgedBenchmark, Question
 from visgain.evaluation.bootstrap import Estimate, estimates
-from visgain.evaluation.decoding import parse_decoder
+from visgain.evaluation.decoders import parse_decoder
 from visgain.evaluation.export import EXPORTS, export_answers
 from visgain.evaluation.foreign import read_foreign
 from visgain.evaluation.generate import Ask, Decoder, answers
