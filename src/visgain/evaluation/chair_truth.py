@@ -130,7 +130,7 @@ def _write(sources: Sequence[Path], path: Path) -> None:
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
-_NEEDED = {
+_NEEDED: dict[str, dict[str, type]] = {
     "images": {"id": int, "file_name": str},
     "instances": {"image_id": int, "category_id": int},
     "captions": {"image_id": int, "caption": str},
@@ -141,7 +141,7 @@ _NEEDED = {
 def _slim(source: Path) -> dict[str, list[dict[str, Any]]]:
     """An annotation file, without outlines, which are nearly all of its half a gigabyte. Raises DataError."""
     try:
-        whole = json.loads(read_text(source), object_pairs_hook=_without_outline)
+        whole: Any = json.loads(read_text(source), object_pairs_hook=_without_outline)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source} is not valid JSON: {error}") from None
     kind = "instances" if source.name.startswith("instances") else "captions"
@@ -158,7 +158,7 @@ def _slim(source: Path) -> dict[str, list[dict[str, Any]]]:
         for number, one in enumerate(whole["annotations"]):
             if one["image_id"] not in images or one["category_id"] not in categories:
                 raise DataError(f"{source}: entry {number} of 'annotations' is of an unknown image or category")
-    return whole
+    return {name: whole[name] for name in wanted}
 
 
 def _without_outline(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
