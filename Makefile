@@ -36,6 +36,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/open_dataset.py
 	$(BIN)/python benchmarks/ranks.py
+	$(BIN)/python benchmarks/generate.py
 
 # Needs a CUDA device and some 16 GB of its memory.
 bench-gpu: .venv/installed
