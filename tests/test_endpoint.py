@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from email.utils import formatdate
 from typing import Any
 
@@ -293,7 +294,8 @@ def test_a_key_that_cannot_be_one_is_told_without_showing_it(key: str, monkeypat
     assert key not in str(told.value)
 
 
-def test_the_key_is_in_no_reply_and_no_message(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("escaped", [False, True])
+def test_the_key_is_in_no_reply_and_no_message(escaped: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """A server that repeats everything it is told, in every way it can."""
     echoes = [
         error(500, f"bad header Bearer {KEY}"),
@@ -301,6 +303,9 @@ def test_the_key_is_in_no_reply_and_no_message(capsys: pytest.CaptureFixture[str
         Says(body=f"not json {KEY}".encode()),
         reply(f"the key is {KEY}", model=KEY),
     ]
+    if escaped:
+        letters = "".join(f"\\u{ord(letter):04x}" for letter in KEY).encode()
+        echoes = [replace(says, body=says.body.replace(KEY.encode(), letters)) for says in echoes]
     with serving(echoes) as server:
         answer = endpoint(server).complete(CHAT)
     assert KEY not in repr(answer)

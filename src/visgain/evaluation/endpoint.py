@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPException
@@ -343,7 +344,11 @@ def _key() -> str:
 
 def _without(content: bytes, key: str) -> bytes:
     """`content` without the key, should a server repeat it. Placeholders such as `none` are no secrets."""
-    return content.replace(key.encode(), b"***") if len(key) >= 8 else content
+    if len(key) < 8:
+        return content
+    with suppress(ValueError, RecursionError):  # as JSON, letters may be escaped: here those of the key are not
+        content = json.dumps(json.loads(content)).encode()
+    return content.replace(key.encode(), b"***")
 
 
 def _renamed(body: dict[str, Any], names: Mapping[str, str | None]) -> dict[str, Any]:
