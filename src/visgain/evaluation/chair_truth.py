@@ -55,11 +55,11 @@ def read_pictures(data: Path) -> tuple[list[Picture], str]:
     if listed is not None:
         ids, which = _listed(listed, known), f"listed in {listed.name}"
     elif candidates is None:
-        ids, which = sorted(known), "all"
+        ids, which = sorted(known), "that are there"
     else:
         ids, which = _drawn(candidates), f"drawn of {len(candidates)}"
     digest = hashlib.sha256("\n".join(map(str, ids)).encode()).hexdigest()[:16]
-    return [known[one] for one in ids], f"{len(ids)} pictures, {which} (sha256 of their ids {digest}); truth: {truth}"
+    return [known[one] for one in ids], f"{len(ids)} {which} (sha256 of their ids {digest}); truth: {truth}"
 
 
 def _prepared(path: Path) -> dict[int, Picture]:
