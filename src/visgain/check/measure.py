@@ -128,13 +128,14 @@ def _forward_seconds(vlm: VLM, reading: Reading) -> float:
     if not encoded:
         return 0.0
     middling = sorted(encoded, key=lambda one: len(one.input_ids))[len(encoded) // 2]
-    for _ in range(2):
+    paces: list[float] = []
+    while len(paces) < 2 or (min(paces) > SLOW and sum(paces) < 8 * SLOW):  # a busy machine is no slow model
         start = time.perf_counter()
         answer_nll(vlm, [middling])
-        seconds = time.perf_counter() - start
-        if seconds > SLOW:
+        paces.append(time.perf_counter() - start)
+        if paces[0] > 8 * SLOW:
             break
-    return seconds
+    return min(paces)
 
 
 def _untried(config: ScoreConfig) -> Choice:

@@ -29,7 +29,7 @@ RUN_ROWS = 256
 """Rows visited one after the other: jumping for each would be slow where rows are stored in blocks."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Outline:
     """What is kept of a row: enough to sample and to extrapolate from."""
 
