@@ -290,6 +290,20 @@ def test_conversations_are_read_in_every_form(tmp_path: Path, fields: dict[str, 
     assert colours(sample) == [(255, 0, 0)]
 
 
+def test_values_of_mixed_types_are_read_as_the_json_that_they_are(tmp_path: Path) -> None:
+    """Content that is a list of parts in one turn and a text in the next: `datasets` writes both as JSON."""
+    contents = [[{"type": "image"}, {"type": "text", "text": "What?"}], "A cat."]
+    types = pa.list_(pa.struct([("role", pa.string()), ("content", pa.json_())]))
+    roles = pa.array(["user", "assistant"])
+    texts = pa.ExtensionArray.from_storage(pa.json_(), pa.array([json.dumps(each) for each in contents]))
+    turns = pa.StructArray.from_arrays([roles, texts], fields=list(types.value_type))
+    messages = pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), turns)
+    pq.write_table(pa.table({"messages": messages, "images": [[RED]]}), tmp_path / "t.parquet")
+    sample = open_dataset(tmp_path / "t.parquet")[0]
+    assert said(sample) == ["<image>What?", "A cat."]
+    assert colours(sample) == [(255, 0, 0)]
+
+
 @pytest.mark.parametrize("inner", [{"width": 2}, {"caption": "Red.", "width": 2}])
 def test_a_webdataset_that_the_hub_made_a_table_of_is_read(tmp_path: Path, inner: dict[str, Any]) -> None:
     row = {"jpg": {"bytes": RED, "path": "7.jpg"}, "json": inner, "txt": "Red.", "__key__": "7", "__url__": "hf://x"}

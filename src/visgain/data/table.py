@@ -155,11 +155,13 @@ def _plain(value: pa.Scalar, steps: tuple[Step, ...], image: Any) -> Any:
     if not value.is_valid:
         return None
     kind = value.type
+    if _is_json(kind):
+        return _parsed(value.as_py())
     if isinstance(kind, pa.BaseExtensionType):
         return _plain(value.value, steps, image)
     if _is_bytes(kind):
         return image("", steps)
-    if not _holds(kind, _is_bytes):
+    if not (_holds(kind, _is_bytes) or _holds(kind, _is_json)):
         return _json_like(value.as_py())
     if pa.types.is_struct(kind):
         if "bytes" in kind.names and _is_bytes(kind.field("bytes").type):
@@ -187,13 +189,18 @@ def _json_like(value: Any) -> Any:
     return value if isinstance(value, str | bool | int | float | None) else str(value)
 
 
+def _parsed(text: Any) -> Any:
+    """What a text of JSON says; the text itself if it is none."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return text
+
+
 def _listed(value: Any) -> Any:
     """Turns that stand as JSON in a text, or as one list for each of their fields, as a list of turns."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
+        return _parsed(value)
     if isinstance(value, dict) and value and all(isinstance(each, list) for each in value.values()):
         return [dict(zip(value, turn, strict=False)) for turn in zip(*value.values(), strict=False)]
     return value
@@ -254,14 +261,19 @@ def _is_picture(kind: pa.DataType) -> bool:
 
 def _holds(kind: pa.DataType, wanted: Any) -> bool:
     """Whether `wanted` is true of the type or of one inside of it."""
-    if isinstance(kind, pa.BaseExtensionType):
-        return _holds(kind.storage_type, wanted)
     inner: Iterable[pa.DataType] = ()
-    if _is_list(kind) or pa.types.is_dictionary(kind):
+    if isinstance(kind, pa.BaseExtensionType):
+        inner = (kind.storage_type,)
+    elif _is_list(kind) or pa.types.is_dictionary(kind):
         inner = (kind.value_type,)
     elif pa.types.is_struct(kind):
         inner = (kind.field(number).type for number in range(kind.num_fields))
     return bool(wanted(kind)) or any(_holds(each, wanted) for each in inner)
+
+
+def _is_json(kind: pa.DataType) -> bool:
+    """Whether values are texts of JSON and say so, as `datasets` writes values of mixed types."""
+    return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.json"
 
 
 def _is_list(kind: pa.DataType) -> bool:
