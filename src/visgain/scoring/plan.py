@@ -7,23 +7,24 @@ part, and so every share of the work and every estimate of the time left, a fair
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, UInt64
 from tqdm import tqdm
 
 from visgain.data import Dataset
 from visgain.errors import StorageError
 from visgain.storage import atomic_path
-from visgain.types import ImageRef, Skipped
+from visgain.types import Sample, Skipped
 
 MAX_UNIT_ROWS = 32
 """More conversations about one picture than this are several units: sharing hardly gains any more, packs grow."""
@@ -32,6 +33,9 @@ IMAGE_SIZE = 2000
 """What a picture weighs against characters of text in the order of units; it need only be roughly right."""
 
 FILE = "plan.parquet"
+
+_WINDOW = 1 << 12
+"""Rows that are looked at at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,63 +61,91 @@ class Plan:
 
 
 def make_plan(dataset: Dataset, n_rows: int, part_rows: int) -> Plan:
-    """The plan for the first `n_rows` of `dataset`, in parts of about `part_rows`."""
-    keys, sources, sizes, longest = _outline(dataset, n_rows)
-    units: dict[object, list[int]] = {}
-    for row, key in enumerate(keys):
-        # Rows without pictures share nothing.
-        units.setdefault((row,) if key is None else key, []).append(row)
-    pieces = [rows[i : i + MAX_UNIT_ROWS] for rows in units.values() for i in range(0, len(rows), MAX_UNIT_ROWS)]
-    weight = [int(sizes[rows].sum()) for rows in pieces]
-    order = sorted(range(len(pieces)), key=lambda i: (sources[pieces[i][0]], -weight[i], pieces[i][0]))
-    n_parts = max(1, min(math.ceil(n_rows / part_rows), len(pieces)))  # no part without rows
-    dealt = sorted(((place % n_parts, -weight[i], pieces[i]) for place, i in enumerate(order)), key=lambda one: one[:2])
-    lengths = [len(rows) for _, _, rows in dealt]
+    """The plan for the first `n_rows` of `dataset`, in parts of about `part_rows`.
+
+    In memory there are some numbers a row, and two hashes a picture.
+    """
+    seen = _outline(dataset, n_rows)
+    by_unit = np.lexsort(seen.key.T)  # rows about the same pictures side by side, in each unit ascending
+    starts = _piece_starts(seen.key[by_unit])
+    lengths = np.diff(np.append(starts, n_rows))
+    first, weight = by_unit[starts], np.add.reduceat(seen.size[by_unit], starts)
+    n_parts = max(1, min(math.ceil(n_rows / part_rows), len(starts)))  # no part without rows
+    place = np.empty(len(starts), np.int64)
+    place[np.lexsort((first, -weight, seen.source[first]))] = np.arange(len(starts))
+    dealt = np.lexsort((place, -weight, place % n_parts))
+    starts, lengths = starts[dealt], lengths[dealt]
+    within = np.arange(n_rows) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return Plan(
-        part=np.repeat(np.asarray([part for part, _, _ in dealt], np.int32), lengths),
+        part=np.repeat((place % n_parts)[dealt].astype(np.int32), lengths),
         unit=np.repeat(np.arange(len(dealt), dtype=np.int64), lengths),
-        row=np.asarray([row for _, _, rows in dealt for row in rows], np.int64),
+        row=by_unit[np.repeat(starts, lengths) + within].astype(np.int64),
         n_parts=n_parts,
-        longest_text=longest,
-        per_image_cost=_per_image_cost(keys, sizes),
+        longest_text=int(seen.text.max(initial=0)),
+        per_image_cost=_per_image_cost(seen.n_pictures, seen.size),
     )
 
 
-def _per_image_cost(keys: Sequence[tuple[str, ...] | None], sizes: Int64[np.ndarray, " R"]) -> float:
+def _piece_starts(key: UInt64[np.ndarray, "R 2"]) -> Int64[np.ndarray, " P"]:
+    """Where runs of equal keys begin, and every MAX_UNIT_ROWS rows in them."""
+    is_new = np.append(True, (key[1:] != key[:-1]).any(axis=1))
+    run = np.flatnonzero(is_new)
+    within = np.arange(len(key)) - np.repeat(run, np.diff(np.append(run, len(key))))
+    return np.flatnonzero(within % MAX_UNIT_ROWS == 0)
+
+
+def _per_image_cost(n_pictures: Int32[np.ndarray, " R"], sizes: Int64[np.ndarray, " R"]) -> float:
     """A row is computed seen, blind, and if it has several pictures once more for each of them."""
-    n_pictures = np.asarray([len(key or ()) for key in keys])
     passes = np.where(n_pictures > 1, 2 + n_pictures, 2)
     return float((passes * sizes).sum() / (2 * sizes).sum()) if sizes.any() else 1.0
 
 
-def _outline(dataset: Dataset, n_rows: int) -> tuple[list[tuple[str, ...] | None], list[str], np.ndarray, int]:
-    """For each row: what its pictures are (None without), its source, and how much there is to compute; the longest."""
-    keys: list[tuple[str, ...] | None] = []
-    sources: list[str] = []
-    sizes = np.zeros(n_rows, np.int64)
-    longest = 0
-    images: dict[str, ImageRef] = {}
-    for row in tqdm(range(n_rows), desc="planning", unit="row", mininterval=0.5, leave=False):
-        sample = dataset[row]
-        sources.append(sample.source)
-        if isinstance(sample, Skipped) or not sample.images:
-            keys.append(None)
-            continue
-        keys.append(tuple(image.key for image in sample.images))
-        images |= {image.key: image for image in sample.images}
-        text = sum(len(turn.text.encode("utf-8", "surrogatepass")) for turn in sample.turns)
-        sizes[row] = text + IMAGE_SIZE * len(sample.images)
-        longest = max(longest, text)
-    content = _contents(images)
-    return [None if key is None else tuple(content[name] for name in key) for key in keys], sources, sizes, longest
+@dataclass(frozen=True, kw_only=True)
+class _Outline:
+    """What the plan must know of each row."""
+
+    key: UInt64[np.ndarray, "R 2"]  # hash of what its pictures are; of its own where it has none, which share nothing
+    n_pictures: Int32[np.ndarray, " R"]
+    source: Int32[np.ndarray, " R"]  # number of its source in their order
+    text: Int64[np.ndarray, " R"]  # bytes; 0 for rows without pictures
+    size: Int64[np.ndarray, " R"]  # how much there is to compute, 0 without pictures
 
 
-def _contents(images: dict[str, ImageRef]) -> dict[str, str]:
-    """A name for the content of each picture: pictures of equal content under several paths belong together."""
-    with ThreadPoolExecutor(16) as pool:
-        hints = pool.map(lambda image: image.hint(), images.values(), chunksize=64)
-        found = tqdm(hints, total=len(images), desc="looking at pictures", unit="file", mininterval=0.5, leave=False)
-        return {key: key if hint is None else hint for key, hint in zip(images, found, strict=True)}
+def _outline(dataset: Dataset, n_rows: int) -> _Outline:
+    key = np.stack([np.arange(n_rows, dtype=np.uint64), np.zeros(n_rows, np.uint64)], axis=1)
+    n_pictures, source = np.zeros(n_rows, np.int32), np.zeros(n_rows, np.int32)
+    text = np.zeros(n_rows, np.int64)
+    names: dict[str, int] = {}
+    contents: dict[bytes, bytes] = {}
+    progress = tqdm(total=n_rows, desc="planning", unit="row", mininterval=0.5, leave=False)
+    with ThreadPoolExecutor(16) as pool, progress:
+        for start in range(0, n_rows, _WINDOW):
+            samples = [dataset[row] for row in range(start, min(start + _WINDOW, n_rows))]
+            _look_at_pictures(samples, contents, pool)
+            for row, sample in enumerate(samples, start=start):
+                source[row] = names.setdefault(sample.source, len(names))
+                if isinstance(sample, Sample) and sample.images:
+                    pictures = [contents[_hash(image.key)] for image in sample.images]
+                    key[row] = np.frombuffer(hashlib.blake2b(b"".join(pictures), digest_size=16).digest(), np.uint64)
+                    n_pictures[row] = len(pictures)
+                    text[row] = sum(len(turn.text.encode("utf-8", "surrogatepass")) for turn in sample.turns)
+            progress.update(len(samples))
+    rank = np.zeros(len(names), np.int32)
+    rank[[names[name] for name in sorted(names)]] = np.arange(len(names))
+    size = np.where(n_pictures > 0, text + IMAGE_SIZE * n_pictures.astype(np.int64), 0)
+    return _Outline(key=key, n_pictures=n_pictures, source=rank[source], text=text, size=size)
+
+
+def _look_at_pictures(samples: Sequence[Sample | Skipped], contents: dict[bytes, bytes], pool: Executor) -> None:
+    """Add to `contents` what each picture is: pictures of equal content under several keys belong together."""
+    images = {_hash(each.key): each for one in samples if isinstance(one, Sample) for each in one.images}
+    new = {name: image for name, image in images.items() if name not in contents}
+    hints = pool.map(lambda image: image.hint(), new.values(), chunksize=64)
+    contents |= {name: name if hint is None else _hash(hint) for name, hint in zip(new, hints, strict=True)}
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
