@@ -188,6 +188,18 @@ def test_parquet_without_pictures_and_with_plain_bytes(tmp_path: Path) -> None:
     assert rows[0].image("image", tmp_path).key != rows[1].image("image", tmp_path).key
 
 
+def test_a_cell_without_bytes_is_its_path_or_nothing(tmp_path: Path) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = [{"bytes": b"x", "path": "b"}, {"bytes": None, "path": "a.jpg"}, None, {"bytes": None, "path": None}]
+    pq.write_table(pa.table({"image": pa.array(cells, kind), "t": ["1"] * 4}), tmp_path / "a.parquet")
+    rows = read_records(tmp_path / "a.parquet")
+    assert len(rows[0].image("image", tmp_path).key) == 32
+    assert rows[1].image("image", tmp_path).key == "a.jpg"
+    for row in rows[2:]:
+        with pytest.raises(DataError, match="'image' is None, not a picture"):
+            row.image("image", tmp_path)
+
+
 def test_questions_have_keys_of_their_own() -> None:
     def asked(*keys: str) -> list[Question]:
         return [Question(id=key[1:], split=key[0], prompt="?") for key in keys]

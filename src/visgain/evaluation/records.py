@@ -208,14 +208,41 @@ def _parquet(path: Path) -> list[Record]:
     count = len(file) if pictures else len(rows)
     tables = {name: unpacked([file], (name,))[0] for name in pictures}
 
+    empty = {name: _without_bytes(path, steps) for name, steps in pictures.items()}
+
     def fields(row: int) -> dict[str, Any]:
         images = {
             name: TableImage(table=tables[name], names=(name,), row=row, steps=steps, path=f"{name} of row {row + 1}")
             for name, steps in pictures.items()
         }
-        return {**(rows[row] if rows else {}), **images}
+        return {
+            **(rows[row] if rows else {}),
+            **images,
+            **{name: paths[row] for name, paths in empty.items() if row in paths},
+        }
 
     return [Record(where=f"row {row + 1} of {path}", fields=fields(row)) for row in range(count)]
+
+
+def _without_bytes(path: Path, steps: tuple[str, ...]) -> dict[int, str | None]:
+    """The rows whose cell has no picture in it, with the path that stands there in its place, if one does."""
+    with pq.ParquetFile(path) as file:
+        leaf = ".".join(steps)
+        metadata = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        parts = [group.column(k) for group in metadata for k in range(group.num_columns)]
+        known = [part.statistics for part in parts if part.path_in_schema == leaf]
+        if all(one is not None and one.null_count == 0 for one in known):
+            return {}
+        cells: dict[int, str | None] = {}
+        start = 0
+        for batch in file.iter_batches(256, columns=[steps[0]]):
+            column = batch.column(0)
+            for place, one in enumerate(column):
+                if not one.is_valid or not (one if len(steps) == 1 else one[steps[1]]).is_valid:
+                    value = one.as_py()
+                    cells[start + place] = value.get("path") if isinstance(value, dict) else None
+            start += len(column)
+        return cells
 
 
 def _bytes_in(field: pa.Field) -> tuple[str, ...]:
