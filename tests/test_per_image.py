@@ -92,7 +92,7 @@ ALL_WAYS = [
     ("qwen2_vl", "shared"),
     ("idefics3", "shared"),
     ("internvl", "shared"),
-    ("mllama", "cached"),
+    pytest.param("mllama", "cached", marks=pytest.mark.slow),
     ("molmo2", "cached"),
 ]
 
@@ -330,9 +330,9 @@ def test_no_counterfactual_gives_each_image_a_gain_of_exactly_zero(
     [
         {"batch_tokens": 1},
         {"batch_tokens": 4000, "part_rows": 2},
-        {"way": "cached"},
+        pytest.param({"way": "cached"}, marks=pytest.mark.slow),
         {"way": "packed", "part_rows": 4},
-        {"way": "single"},
+        pytest.param({"way": "single"}, marks=pytest.mark.slow),
         {"workers": 1},
     ],
     ids=str,
