@@ -65,6 +65,7 @@ TEMPLATES = {
     "rewriting": CHATML.replace("<|im_start|>{{", "{{ messages | length }}<|im_start|>{{"),
     "end at the end": CHATML.replace("<|im_end|>\n{% endfor %}", "{{ '\n' }}{% endfor %}<|im_end|>"),
     "end at the end alone": CHATML.replace("<|im_end|>\n{% endfor %}", "{% endfor %}<|im_end|>"),
+    "a long end": CHATML.replace("<|im_end|>\n{% endfor %}", "{% endfor %}" + "<|im_end|>" * 5),
     "next speaker ends": (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
         "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
@@ -79,6 +80,7 @@ ENDS = {
     "text, printed": "<|im_end|>",
     "end at the end": "\n",
     "end at the end alone": "",
+    "a long end": "",
     "next speaker ends": "",
     "a space before the answer": "<|im_end|>",
 }
@@ -125,7 +127,7 @@ def test_answers_are_found_whatever_the_template_does_around_them(
     sample = make_sample(*TALK, "And?", "user", "Who?", "user")
     encoded = encoder.encode(sample, [PICTURE])
     ends = [ENDS.get(name, "<|im_end|>\n")] * len(sample.answers)
-    ends[-1] += "<|im_end|>" if name.startswith("end at the end") else ""
+    ends[-1] += "<|im_end|>" * {"end at the end": 1, "end at the end alone": 1, "a long end": 5}.get(name, 0)
     expected = [answer + end for answer, end in zip(sample.answers, ends, strict=True)]
     assert [text.removeprefix(" ") for text in supervised(encoder, encoded)] == expected
     assert encoded.n_image_tokens > 5
@@ -143,7 +145,7 @@ def test_a_prompt_is_what_stands_before_an_answer(name: str, templated: Callable
     sample = make_sample(*TALK)
     encoded, prompt = encoder.encode(sample, [PICTURE]), encoder.prompt(sample.turns[:3], [PICTURE])
     first = int(np.flatnonzero(encoded.is_answer)[encoded.turn.tolist().index(1)])
-    if not name.startswith("end at the end"):
+    if not name.startswith(("end at the end", "a long end")):
         assert prompt.input_ids.tolist() == encoded.input_ids[:first].tolist()
 
 
@@ -227,12 +229,19 @@ def test_a_thought_is_supervised_where_the_template_keeps_it(templated: Callable
 
 
 @pytest.mark.parametrize(
-    "change", ["part['text'] | upper", "part['text'].replace('red', 'r')", "part['text'][:-1]", "''"]
+    "change",
+    [
+        "part['text'] | upper",
+        "part['text'].replace('red', 'r')",
+        "part['text'][:-1]",
+        "''",
+        "part['text'] | length ~ part['text'][-3:]",
+    ],
 )
 def test_a_template_that_changes_an_answer_is_an_error_and_no_guess(
     change: str, templated: Callable[[Any], ChatEncoder]
 ) -> None:
-    changed = f"{{{{ ({change}) if part['text'] == 'A red cup' else part['text'] }}}}"
+    changed = f"{{{{ ({change}) if part['text'] not in ('question', 'reply', 'What?') else part['text'] }}}}"
     encoder = templated(CHATML.replace("{{ part['text'] }}", changed))
     with pytest.raises(EncodingError, match="changed an answer"):
         encoder.encode(make_sample("<image>\nWhat?", "A red cup"), [PICTURE])

@@ -5,13 +5,16 @@ What is measured on the models themselves is in test_zoo.py and test_engine.py.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from transformers import FuyuProcessor
 from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
@@ -26,8 +29,10 @@ from visgain.scoring.forward import answer_nll
 from visgain.scoring.run import run_score
 from visgain.storage import read_json, read_scores
 from visgain.types import Encoded, Sample
-from visgain.vlm.encode import Encoder
+from visgain.vlm.batch import pad_batch
+from visgain.vlm.encode import PER_TOKEN_INPUTS, Encoder
 from visgain.vlm.load import VLM, load_vlm
+from visgain.vlm.logits import answer_logits, token_nll
 from visgain.vlm.template import make_encoder
 from zoo import ZOO
 from zoo.table import table
@@ -196,11 +201,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data.json"
 
 
-RUNS = ("llava", "qwen2_5_vl", "idefics3", "gemma3", "paligemma", "blip-2", "mllama", "pixtral", "phi4_multimodal")
+def some(*quick: str) -> list[object]:
+    """All families; those that are not named here are tried when there is time."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in FAMILIES]
 
 
 @pytest.mark.parametrize(
-    "name", [*RUNS, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in RUNS)]
+    "name", some("llava", "qwen2_5_vl", "idefics3", "gemma3", "paligemma", "blip-2", "mllama", "pixtral")
 )
 def test_none_gives_gain_zero_and_packed_equals_alone(
     name: str, folders: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -233,6 +240,36 @@ def test_none_gives_gain_zero_and_packed_equals_alone(
         assert np.allclose(record["nll_seen"], naive_nll(family, encoded), rtol=0, atol=EXACT)
         assert record["n_image_tokens"] == encoded.n_image_tokens
     assert read_json(tmp_path / "scores/run.json", "scores")["way"] == ZOO[family.name].way
+
+
+def test_a_row_without_a_picture_is_text_alone_or_refused(family: VLM) -> None:
+    encoder, one = make_encoder(family), make_sample("Who?", "A red dog.", images=0)
+    if ZOO[family.name].pictures == "between turns":
+        encoded = encoder.encode(one, [])
+        assert encoded.n_image_tokens == 0
+        assert set(encoded.model_inputs) <= set(PER_TOKEN_INPUTS)
+    else:
+        with pytest.raises(EncodingError, match="completes a question about a picture; this row has none"):
+            encoder.encode(one, [])
+
+
+@pytest.mark.parametrize("name", some("llava", "gemma3", "paligemma", "blip-2"))
+def test_a_family_trains_and_answers_on_what_its_encoder_gives(name: str, folders: Path) -> None:
+    family = replace(built(name), model=copy.deepcopy(built(name).model))
+    encoder, one = make_encoder(family), sample("turns")
+    for encoded in [encode(encoder, "turns")] + (
+        [encoder.encode(make_sample("Who?", "A red dog.", images=0), [])]
+        if ZOO[name].pictures == "between turns"
+        else []
+    ):
+        batch = pad_batch([encoded], 0)
+        logits = answer_logits(family.model.train(), batch.inputs, batch.is_answer)
+        token_nll(logits, torch.from_numpy(encoded.token_id)).mean().backward()
+        assert sum(float(p.grad.abs().sum()) for p in family.model.parameters() if p.grad is not None) > 0
+    prompt = pad_batch([encoder.prompt(one.turns[:1], [picture(0)])], 0, side="left")
+    expected = int(family.model.eval()(**prompt.inputs, use_cache=False).logits[0, -1].argmax())
+    answer = family.model.generate(**prompt.inputs, max_new_tokens=2, do_sample=False)[0]
+    assert int(answer[-2 if len(answer) > 1 else -1]) == expected
 
 
 # ---------------------------------------------------------------- what cannot be had here, and the table

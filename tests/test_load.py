@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoProcessor, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, LlavaProcessor
 from transformers.utils import is_torchvision_available
 
 from naive import built, picture
@@ -115,6 +115,12 @@ def test_a_model_type_that_transformers_does_not_know(folder: Path) -> None:
 def test_missing_files_of_the_processor(missing: str, folder: Path) -> None:
     (folder / missing).unlink()
     assert "cannot load the processor" in why(folder)
+
+
+def test_a_tokenizer_that_tells_no_offsets(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = LlavaProcessor(image_processor=built("llava").processor.image_processor, tokenizer=ByT5Tokenizer())
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: slow)
+    assert "gives no character offsets; convert it to tokenizer.json" in why(good)
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed here")

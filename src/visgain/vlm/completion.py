@@ -91,8 +91,10 @@ class CompletionEncoder:
     def _lead(self, turns: Sequence[Turn], images: Sequence[Image]) -> tuple[Ids, dict[str, Any]]:
         """Ids before the first question, and the model's inputs for the pictures.
 
-        Raises EncodingError for pictures in a later turn, and for more of them than the processor takes.
+        Raises EncodingError for pictures in a later turn, and for none or more of them than the processor takes.
         """
+        if not images:
+            raise EncodingError("this model completes a question about a picture; this row has none")
         if turns[0].role != "user":
             raise EncodingError("this model completes a question; this row begins with an answer")
         if any(IMAGE_MARK in turn.text for turn in turns[1:] if turn.role == "user"):
