@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data_contract import DataContract, described, rows_of
-from visgain.data import FORMATS, open_dataset
+from visgain.data import FORMATS, open_dataset, reading
 from visgain.data import ORDER as FORMAT_ORDER
 from visgain.data.records import KEYS, LAYOUTS, ORDER, Columns
 from visgain.errors import ConfigError, DataError, UnknownName
@@ -370,6 +370,12 @@ def test_a_format_can_be_insisted_on(tmp_path: Path) -> None:
     assert talk(sample(path, format="prompts"))[-1] == ("assistant", "R")
     with pytest.raises(UnknownName, match="did you mean 'prompts'"):
         open_dataset(path, format="prompt")
+
+
+def test_what_the_user_says_is_what_a_run_is_known_by() -> None:
+    assert reading(None, None) == {}
+    assert reading("messages=b, id=a", "json") == {"columns": {"id": "a", "messages": "b"}, "format": "json"}
+    assert reading({"id": "a"}, None) == reading("id=a", None)
 
 
 def test_every_format_and_layout_is_asked_in_an_order_that_is_written_down() -> None:
