@@ -47,8 +47,10 @@ def features(vlm: VLM) -> Tensor:
     return states[vlm.model.config.vision_feature_layer][:, 1:]
 
 
-@pytest.mark.parametrize("suffix", ["bin", "pt", "safetensors"])
-@pytest.mark.parametrize("prefix", ["model.", "", "base_model.model.model.", "module.model."])
+@pytest.mark.parametrize(
+    ("prefix", "suffix"),
+    [("model.", "bin"), ("", "pt"), ("base_model.model.model.", "safetensors"), ("module.model.", "bin")],
+)
 @pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear"])
 @torch.no_grad()
 def test_an_imported_projector_computes_what_llavas_did(
