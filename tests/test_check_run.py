@@ -93,6 +93,9 @@ def test_measured_scores_and_disk_are_those_of_score(world: Checked, small_world
     measured, whole = world.measured, world.estimate
     assert measured is not None
     assert len(measured.scores) >= 20
+    assert world.reading is not None
+    assert {score.row for score in measured.scores} <= {one.sample.row for one in world.reading.rows}
+    assert max(score.row for score in measured.scores) > 50, "spread over all sixty"
     for score in measured.scores:
         assert score.token_id.tolist() == scored[score.row]["token_id"]
         assert np.allclose(score.nll_seen, scored[score.row]["nll_seen"], rtol=0, atol=1e-4)

@@ -255,8 +255,8 @@ class EvalConfig:
     """Prompts answered side by side, halved where memory runs out."""
     template: str = "auto"
     """Conversation template and image preparation."""
-    max_length: int = 2048
-    """Longest prompt in tokens, image tokens included."""
+    max_length: int | None = None
+    """Longest prompt in tokens, image tokens included [default: the template's]."""
     judge: str | None = None
     """Grade with MODEL@URL, an OpenAI-compatible endpoint (its key in OPENAI_API_KEY), or with recorded reviews."""
     judge_prompt: Path | None = None
@@ -343,8 +343,8 @@ class AnalyzeConfig:
     """With --benchmarks: what replaces the real image."""
     template: str = "auto"
     """Conversation template and image preparation; `visgain list` shows the names."""
-    max_length: int = 2048
-    """Longest sequence in tokens, image tokens included."""
+    max_length: int | None = None
+    """Longest sequence in tokens, image tokens included [default: the template's]."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model."""
     device: str = "auto"

@@ -40,6 +40,7 @@ from visgain.registry import suggest
 from visgain.storage import atomic_path, claim_run, storage_errors, write_json
 from visgain.vlm.encode import Encoder
 from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name
+from visgain.vlm.profiles import find_profile
 from visgain.vlm.template import make_encoder
 
 ANSWERS, JUDGEMENTS, METRICS = "answers.jsonl", "judgements.jsonl", "metrics.json"
@@ -83,6 +84,7 @@ class Models:
 
 def run_eval(config: EvalConfig) -> list[Result]:
     """Every benchmark that is asked for, through the stages that are asked for. Raises VisgainError for any mistake."""
+    find_profile(config.template)
     benchmarks = [BENCHMARKS.get(name)() for name in config.names]  # all names first: a typo must not cost a night
     for name in config.exports:
         EXPORTS.get(name)
