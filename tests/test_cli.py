@@ -27,9 +27,9 @@ SURFACE = {
     "demo": "--out --rows --seed --steps --test-rows",
     "score": (
         "--backend --batch-tokens --columns --counterfactual --data --device --dtype --end-of-turn --follow-links "
-        "--format --image-root --limit --max-length --max-pixels --model --no-follow-links --no-per-image --no- "
-        "trust-remote-code --out --part-rows --per-image --projector --seed --template --trust-remote-code --way "
-        "--workers"
+        "--format --image-root --limit --max-length --max-pixels --model --no-follow-links --no-per-image "
+        "--no-trust-remote-code --out --part-rows --per-image --projector --seed --template --trust-remote-code "
+        "--way --workers"
     ),
     "select": "--by --end-of-turn --keep --keep-tokens --out --scores --seed --skipped --table",
     "train": (
