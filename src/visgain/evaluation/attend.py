@@ -197,12 +197,12 @@ def edited_attention(
     **options: Any,
 ) -> tuple[Float[Tensor, "B Q H E"], None]:
     """Attention of one layer in transformers' calling convention, edited where the active edit says so."""
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise ModelError(f"the attention of {type(module).__name__} has parts that cannot be edited")
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     layer = getattr(module, "layer_idx", None)
     if _active is None or layer is None:
         return attended, None
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise ModelError(f"the attention of {type(module).__name__} has parts that cannot be edited")
     n_queries, n_keys = query.shape[2], key.shape[2]
     first = _active.first_row(layer, _n_layers, n_queries)
     if first >= n_queries:

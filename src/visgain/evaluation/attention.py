@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from visgain.config import AnalyzeConfig
 from visgain.data import Dataset, open_dataset
@@ -31,6 +32,7 @@ from visgain.types import Encoded, Sample
 from visgain.vlm.batch import pad_batch
 from visgain.vlm.encode import Encoder
 from visgain.vlm.load import VLM, load_vlm
+from visgain.vlm.pack import placed
 from visgain.vlm.template import make_encoder
 
 GROUPS = ("start", "picture", "text", "answers")
@@ -48,9 +50,9 @@ def attention_shares(vlm: VLM, encoded: Encoded) -> Float64[np.ndarray, "L A G"]
     rows = np.flatnonzero(encoded.is_answer[1:])
     group = torch.from_numpy(group_of(encoded, vlm.image_token_id)).to(vlm.device)
     watch = _Watch(rows=torch.from_numpy(rows).to(vlm.device), group=group)
-    batch = pad_batch([encoded], 0).to(vlm.device)
+    inputs = {name: placed(value, vlm.model) for name, value in pad_batch([encoded], 0).inputs.items()}
     with _watched(vlm, watch):
-        vlm.model.base_model(**batch.inputs, use_cache=False)
+        vlm.model.base_model(**inputs, use_cache=False)
     if not watch.shares:
         raise ModelError(f"{vlm.name} does not attend through transformers' attention interface")
     layers = [watch.shares[layer] for layer in sorted(watch.shares)]
@@ -176,12 +178,14 @@ def watched_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer in transformers' calling convention; notes the shares of the active watch."""
-    attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    capped = options.get("softcap") is not None  # which scaled-dot-product attention does not know
+    forward = eager_attention_forward if capped else sdpa_attention_forward
+    attended, _ = forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     layer, watch = getattr(module, "layer_idx", None), _active
     if watch is not None and layer is not None and key.shape[2] == len(watch.one_hot) == query.shape[2]:
         keys = key[0].repeat_interleave(query.shape[1] // key.shape[1], dim=0).float()
         scores = query[0, :, watch.rows].float() @ keys.transpose(1, 2) * (scaling or query.shape[-1] ** -0.5)
-        if options.get("softcap") is not None:
+        if capped:
             scores = options["softcap"] * torch.tanh(scores / options["softcap"])
         if attention_mask is None:
             positions = torch.arange(key.shape[2], device=scores.device)

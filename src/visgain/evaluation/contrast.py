@@ -23,9 +23,8 @@ from torch.nn.functional import pad
 from transformers import LogitsProcessor
 
 from visgain.errors import ModelError
-from visgain.evaluation.generate import pad_id
+from visgain.evaluation.generate import left_batch
 from visgain.types import Encoded
-from visgain.vlm.batch import pad_batch
 from visgain.vlm.load import VLM
 from visgain.vlm.pack import row_positions
 
@@ -66,7 +65,8 @@ class SecondBranch:
     """The same model on another prompt for each row, with a cache of its own, fed the tokens that were chosen.
 
     `aside`: a context in which the branch runs, e.g. without the attention hooks of the first. Raises ModelError for a
-    model that sees by cross-attention: its masks over pictures would have to grow with every token.
+    model that sees by cross-attention, whose masks over pictures would have to grow with every token, and for one that
+    keeps its cache to itself.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class SecondBranch:
         if any("cross_attention_mask" in prompt.model_inputs for prompt in prompts):
             raise ModelError(f"{vlm.name} sees by cross-attention, where a second branch is not supported")
         self._vlm, self._aside = vlm, aside
-        self._inputs = pad_batch(prompts, pad_id(vlm), side="left").to(vlm.device).inputs
+        self._inputs = left_batch(vlm, prompts)
         self._mask: Tensor = self._inputs["attention_mask"]
         self._position = left_positions(vlm, prompts).to(vlm.device)
         self._cache: Any = None
@@ -96,7 +96,9 @@ class SecondBranch:
             output = self._vlm.model(
                 **self._inputs, position_ids=self._position, past_key_values=self._cache, use_cache=True
             )
-        self._cache = output.past_key_values
+        self._cache = getattr(output, "past_key_values", None)
+        if self._cache is None:
+            raise ModelError(f"{self._vlm.name} does not hand out its cache, which a second branch needs")
         logits: Tensor = output.logits[:, -1].float()
         return logits
 

@@ -265,7 +265,7 @@ def noised(encoded: Encoded, step: int, generator: torch.Generator) -> Encoded:
     own = _own(encoded)
     inputs = {
         name: signal * value + noise * torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value)
-        if name not in own and isinstance(value, Tensor) and value.is_floating_point()
+        if name not in own and "mask" not in name and isinstance(value, Tensor) and value.is_floating_point()
         else value
         for name, value in encoded.model_inputs.items()
     }

@@ -24,6 +24,7 @@ from visgain.types import IMAGE_MARK, Encoded, ImageRef, Sample, Turn
 from visgain.vlm.batch import pad_batch, signature
 from visgain.vlm.encode import Encoder
 from visgain.vlm.load import VLM
+from visgain.vlm.pack import placed
 
 WINDOW = 4
 """Batches whose prompts are prepared and then sorted by their length in tokens: bounds the pictures in memory."""
@@ -106,14 +107,14 @@ def generated(
     What a model's generation settings say about penalties and sampling is overruled: a protocol says how is decoded.
     What is drawn depends on the seed and the prompts, not on what was drawn before.
     """
-    batch = pad_batch([prompt.encoded for prompt in prompts], pad_id(vlm), side="left").to(vlm.device)
+    inputs = left_batch(vlm, [prompt.encoded for prompt in prompts])
     chosen: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         chosen = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     with torch.random.fork_rng(devices=[vlm.device] if vlm.device.type == "cuda" else []):
         torch.manual_seed(batch_seed(seed, prompts))
         output = vlm.model.generate(
-            **batch.inputs,
+            **inputs,
             **chosen,
             max_new_tokens=max_new_tokens,
             num_beams=1,
@@ -123,8 +124,14 @@ def generated(
             eos_token_id=end_ids(vlm),
             logits_processor=LogitsProcessorList([] if contrast is None else [contrast]),
         )
-    new: Tensor = output[:, batch.is_answer.shape[1] :]
+    new: Tensor = output[:, inputs["input_ids"].shape[1] :]
     return new
+
+
+def left_batch(vlm: VLM, prompts: Sequence[Encoded]) -> dict[str, Any]:
+    """What the model takes for prompts side by side, padded on the left: where it is, and in its precision."""
+    inputs = pad_batch(prompts, pad_id(vlm), side="left").inputs
+    return {name: placed(value, vlm.model) for name, value in inputs.items()}
 
 
 def batch_seed(seed: int, prompts: Sequence[Prompt]) -> int:
