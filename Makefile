@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/visgain demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m "slow or published"

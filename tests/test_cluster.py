@@ -74,6 +74,7 @@ def test_a_worker_elsewhere_gets_full_paths_and_the_gpu_that_is_there(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "data.json").write_text("[]")
     config = ScoreConfig(model="model", data=Path("data.json"), out=Path("out"), device="cuda:1", backend="ray")
     there = from_anywhere(config, {"CPU": 1, "GPU": 1})
     assert (there.model, there.data, there.out) == (

@@ -305,8 +305,10 @@ def test_every_reply_about_a_picture_is_true_of_its_scene(split: str) -> None:
                 continue
             expected = caption_of(things) if said.topic == "caption" else said_of(things, said.question)
             assert said.answer == expected, said
-    assert topics["caption"] + topics["notes"] > 50
-    assert topics["existence"] + topics["notes"] > 5
+    talk_of = SPLITS[split]
+    assert sum(topics.values()) >= 690  # some rows may have nothing that fits
+    assert (topics["caption"] + topics["notes"] > 50) == (talk_of.captions + talk_of.notes > 0)
+    assert (topics["existence"] > 5) == (talk_of.existence > 0 or talk.existence in talk_of.visual)
 
 
 def test_replies_from_the_text_alone_are_true_of_the_world_and_marked_nowhere() -> None:
@@ -674,7 +676,8 @@ def test_the_answers_of_the_dataset_are_graded_as_perfect(every_split: dict[str,
         data = json.loads((folder / "data.json").read_text())
         pairs = [(t, d["conversations"][1]["value"]) for t, d in zip(truth, data, strict=True) if t["things"]]
         metrics = grade(*zip(*pairs, strict=True))
-        assert metrics.accuracy == metrics.caption_recall == 1.0
+        assert metrics.accuracy == 1.0
+        assert metrics.caption_recall == float(SPLITS[split].captions > 0)
         assert metrics.hallucinated_objects == metrics.captions_with_hallucination == 0.0
         assert metrics.yes_rate == metrics.true_yes_rate
         assert set(metrics.accuracy_by_topic.values()) == {1.0}

@@ -204,6 +204,7 @@ def from_anywhere(config: ScoreConfig, needs: Resources) -> ScoreConfig:
         data=whole(config.data) if base_of(config.data).exists() else config.data,  # else a name on the hub
         out=config.out.absolute(),
         image_root=config.image_root and config.image_root.absolute(),
+        projector=config.projector and config.projector.absolute(),
         # Of all GPUs a worker sees the one that Ray gave it.
         device="cuda" if config.device.startswith("cuda") else config.device if on_gpu else "cpu",
         workers=workers,
