@@ -86,3 +86,53 @@ def test_missing_answers_are_told_when_joined(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", [{"question_id": "v1_7", "text": "?"}, {"question_id": "v1_0", "text": "a"}])
     with pytest.raises(DataError, match=r"1 missing \(v1_1\); 1 of no question \(v1_7\)"):
         joined(PLAIN, read_foreign(path, "x", PLAIN))
+
+
+def test_llavas_numbers_are_mm_vets_names(tmp_path: Path) -> None:
+    rows = [{"question_id": n, "text": "ab"[n]} for n in (1, 0)]
+    found = joined(PLAIN, read_foreign(lines(tmp_path / "a.jsonl", rows), "mmvet", PLAIN))
+    assert [answer.prediction for answer in found] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("a.jsonl", {"category": "popular"}, "an answer of 'popular'"),
+        ("a.jsonl", {"split": "gqa/random"}, "an answer of 'gqa'"),
+        ("model_popular_answers.jsonl", {}, "an answer of 'popular'"),
+        ("gqa_pope_random.jsonl", {}, "an answer of 'gqa'"),
+        ("tuned_on_gqa.jsonl", {}, None),
+        ("popular.jsonl", {"split": "random"}, None),
+        ("a.jsonl", {"category": "conv"}, None),
+    ],
+)
+def test_answers_of_a_split_that_is_not_there_are_refused(
+    tmp_path: Path, name: str, row: dict[str, str], told: str | None
+) -> None:
+    path = lines(tmp_path / name, [{"question_id": n, "text": "no", **row} for n in "12"])
+    if told is None:
+        assert len(joined(SPLIT[:2], read_foreign(path, "pope", SPLIT[:2]))) == 2
+        return
+    with pytest.raises(DataError, match=told):
+        read_foreign(path, "pope", SPLIT[:2])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", '{"v1_1": "b", "v1_0": "\\ud800"}'),
+        ("a.jsonl", '{"id": "v1_0", "text": "\\ud800"}'),
+        ("a.jsonl", '{"benchmark": "x", "id": "v1_0", "prediction": "\\ud800"}'),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_told(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match="surrogate"):
+        read_foreign(tmp_path / name, "x", PLAIN)
+
+
+def test_a_folder_of_results_is_read_for_its_answers(tmp_path: Path) -> None:
+    given = [Answer(benchmark="x", split="", id=question.id, prediction="yes") for question in PLAIN]
+    (tmp_path / "answers.jsonl").write_text("".join(answer.line() for answer in given))
+    (tmp_path / "metrics.json").write_text("{}")
+    assert joined(PLAIN, read_foreign(tmp_path, "x", PLAIN)) == given

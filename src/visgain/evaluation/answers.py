@@ -76,6 +76,7 @@ def _answer(path: Path, number: int, line: str, benchmark: str) -> Answer:
     said, split, meta = fields["prediction"], fields.get("split", ""), fields.get("meta", {})
     if not isinstance(said, str):
         raise DataError(f"{where}: the prediction is {json.dumps(said)[:40]}, not a string")
+    require_unicode(said, f"{where}: the prediction")
     if not isinstance(fields["id"], str | int) or isinstance(fields["id"], bool):
         raise DataError(f"{where}: the id is {json.dumps(fields['id'])[:40]}, not a string or a whole number")
     if not isinstance(split, str) or not isinstance(meta, dict):
@@ -83,6 +84,14 @@ def _answer(path: Path, number: int, line: str, benchmark: str) -> Answer:
     if fields.get("benchmark", benchmark) != benchmark:
         raise DataError(f"{where} answers {fields['benchmark']!r}, not {benchmark!r}")
     return Answer(benchmark=benchmark, split=split, id=str(fields["id"]), prediction=said, meta=meta)
+
+
+def require_unicode(text: str, what: str) -> None:
+    """Raises DataError if `text` cannot be written to a file: JSON may hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{what} is not valid Unicode; it has half of a surrogate pair") from None
 
 
 def joined(questions: Sequence[Question], answers: Iterable[K], what: str = "answers") -> list[K]:

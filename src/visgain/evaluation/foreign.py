@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from visgain.errors import DataError
-from visgain.evaluation.answers import Answer, read_answers
+from visgain.evaluation.answers import Answer, read_answers, require_unicode
 from visgain.evaluation.benchmark import Question
 from visgain.evaluation.hub import files
+from visgain.evaluation.pope import SETS, STRATEGIES
 from visgain.evaluation.records import Record, read_json, read_records
 
 IDS = ("question_id", "questionId", "id", "index", "image_id", "idx")
 TEXTS = ("prediction", "text", "answer", "output", "response", "caption", "model_answer")
 SPLITS = ("split", "category", "subset")
+ANSWERS = "answers.jsonl"
 SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
 
 Splits = Mapping[str, Sequence[str]]
@@ -30,6 +32,7 @@ def read_foreign(path: Path, benchmark: str, questions: Sequence[Question]) -> l
     splits: dict[str, list[str]] = {}
     for question in questions:
         splits.setdefault(question.id, []).append(question.split)
+    path = path / ANSWERS if (path / ANSWERS).is_file() else path  # a folder that `visgain eval` wrote
     found = files(path, lambda name: name.endswith(SUFFIXES), f"answers ({', '.join(SUFFIXES)})")
     return [answer for one in found for answer in _read(one, benchmark, questions, splits)]
 
@@ -62,15 +65,16 @@ def _text(row: Record) -> str:
     name = next((name for name in TEXTS if name in row.fields), None)
     if name is None:
         raise DataError(f"{row.where} has none of {', '.join(TEXTS)}; it has {', '.join(map(str, row.fields))}")
-    value = row.fields[name]
-    if not isinstance(value, str):
-        raise row.wrong(name, "a string")
-    return value
+    return row.text(name)
 
 
 def _answer(row: Record, path: Path, benchmark: str, splits: Splits, name: str, text: str) -> Answer:
+    if name not in splits and f"v1_{name}" in splits:
+        name = f"v1_{name}"  # LLaVA numbers MM-Vet's questions
     known = splits.get(name, [""])  # an unknown id is told when answers are joined to questions
     split = known[0] if len(known) == 1 else _split_of(row, path, name, known)
+    _require_no_other(row, path, split)
+    require_unicode(text, f"{row.where}: the answer to {name}")
     return Answer(benchmark=benchmark, split=split, id=name, prediction=text)
 
 
@@ -91,6 +95,21 @@ def _split_of(row: Record, path: Path, name: str, known: Sequence[str]) -> str:
         f"{row.where} answers {name}, which {len(known)} splits have ({', '.join(known)}); "
         "give the row a field 'split', or the file a name with the split in it"
     )
+
+
+def _require_no_other(row: Record, path: Path, split: str) -> None:
+    """Raises DataError where the row, or else the file's name, says another of POPE's splits, which number alike."""
+    name = path.stem.lower()
+    for words, named in ((STRATEGIES, name), (SETS, name if "pope" in name else "")):
+        own = next((part for part in split.split("/") if part in words), None)
+        said = [str(row.fields[field]).lower() for field in SPLITS if row.has(field)]
+        said = [text for text in said if any(word in text for word in words)] or [named]
+        other = next((word for text in said for word in words if word in text), None)
+        if own is not None and other is not None and not any(own in text for text in said):
+            raise DataError(
+                f"{row.where} is an answer of {other!r}, going by the row or the file's name, and the only question of "
+                f"that id is of {split}; if it is meant, give the rows a field 'split'"
+            )
 
 
 def _in_order(path: Path, benchmark: str, rows: Sequence[Record], questions: Sequence[Question]) -> list[Answer]:
