@@ -403,6 +403,39 @@ def test_pictures_that_are_elsewhere_are_found_with_the_root_that_works(tmp_path
     assert "missing-pictures" not in found_in_data(data, tmp_path / "set")
 
 
+def test_absolute_paths_are_told_the_folder_that_holds_them_all(tmp_path: Path) -> None:
+    data = write(tmp_path / "set", rows())
+    records = json.loads(data.read_text())
+    for record in records:
+        if record.get("image"):
+            record["image"] = str(data.parent / record["image"])
+    (tmp_path / "elsewhere").mkdir()
+    data = tmp_path / "elsewhere/data.json"
+    data.write_text(json.dumps(records))
+    root = str(tmp_path / "set/pics")
+    assert found_in_data(data)["missing-pictures"].mend.endswith(f"--image-root {root}")
+    assert "missing-pictures" not in found_in_data(data, Path(root))
+
+
+def test_no_root_is_suggested_for_paths_that_leave_every_root(tmp_path: Path) -> None:
+    data = write(tmp_path / "set", rows())
+    (tmp_path / "set/texts").mkdir()
+    text = data.read_text().replace("pics/", "../pics/")
+    data = tmp_path / "set/texts/data.json"
+    data.write_text(text)
+    assert "point --image-root at" in found_in_data(data)["missing-pictures"].mend
+
+
+def test_names_that_no_file_can_have_and_links_in_a_circle_are_missing_pictures(tmp_path: Path) -> None:
+    def odd(records: list[dict[str, Any]]) -> None:
+        records[0]["image"], records[1]["image"], records[2]["image"] = "x" * 5000, "circle.png", "\ud800.png"
+
+    data = write(tmp_path, changed(odd))
+    (tmp_path / "circle.png").symlink_to("circle.png")
+    (tmp_path / "pics/3.png").write_bytes(b"")
+    assert found_in_data(data)["missing-pictures"].rows == (0, 1, 2, 3)
+
+
 def test_a_few_missing_pictures_are_a_warning_with_their_rows(tmp_path: Path) -> None:
     data = write(tmp_path, rows())
     (tmp_path / "pics/2.png").unlink()

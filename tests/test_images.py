@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from visgain.data.images import ImageFile
+from visgain.data.images import ImageFile, ImageSpan
 from visgain.errors import ImageError
 from visgain.types import ImageRef
 
@@ -185,7 +185,7 @@ def root(tmp_path: Path) -> Path:
         ("fine.png\0.jpg", "null byte"),
         ("http://host/x.jpg", "is a URL"),
         ("S3://bucket/x.jpg", "is a URL"),
-        ("data:image/png;base64,AAAA" + "A" * 10_000, "is a URL"),
+        ("data:image/png;base64,AAAA" + "A" * 10_000, "base64"),
         ("missing.jpg", "image not found: missing.jpg"),
         ("fine.png/x.jpg", "image not found: fine.png/x.jpg"),
         ("a\nb.jpg", r"image not found: 'a\nb.jpg'"),
@@ -196,6 +196,22 @@ def root(tmp_path: Path) -> Path:
 def test_a_path_that_is_not_an_image_inside_the_root_is_refused(root: Path, path: str, expected: str) -> None:
     assert expected in refused(root, path)
     refused(root, path, follow_links=True)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "\ud800.jpg", "fine.png\0.jpg"])
+def test_a_name_that_no_file_can_have_is_an_image_error_wherever_it_is_asked_for(root: Path, path: str) -> None:
+    image = ImageFile(root=root, path=path)
+    assert image.hint() is None
+    for ask in (image.is_there, image.names):
+        with pytest.raises(ImageError):
+            ask()
+
+
+def test_an_empty_file_has_no_hint_so_that_it_is_looked_into(root: Path) -> None:
+    (root / "empty.png").write_bytes(b"")
+    assert ImageFile(root=root, path="empty.png").hint() is None
+    assert ImageSpan(container=root / "fine.png", name="0.png", offset=3, size=0).hint() is None
+    assert ImageFile(root=root, path="fine.png").hint() is not None
 
 
 def test_a_link_out_of_the_root_needs_the_flag(root: Path) -> None:
@@ -217,6 +233,9 @@ def test_links_in_a_circle_or_into_nothing_are_refused(root: Path) -> None:
     (root / "b.png").symlink_to("a.png")
     (root / "gone.png").symlink_to("nowhere.png")
     assert "cannot read image a.png" in refused(root, "a.png")
+    assert ImageFile(root=root, path="a.png").hint() is None
+    with pytest.raises(ImageError, match=r"cannot read image a\.png"):
+        ImageFile(root=root, path="a.png").is_there()
     assert "not found" in refused(root, "gone.png")
 
 

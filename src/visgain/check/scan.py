@@ -7,12 +7,13 @@ spread evenly over it, whatever order it has.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from tqdm import tqdm
@@ -197,13 +198,12 @@ def _look_at(dataset: Dataset, images: Mapping[str, ImageRef], seconds: float) -
             n_looked_at += len(some)
             bar.update(len(some))
     unusable = _reasons([images[key] for key in suspects], end)
-    missing = [key for key in unusable if not (dataset.image_root / key).is_file()]
     return Pictures(
         n_names=len(keys),
         n_looked_at=n_looked_at,
         unusable=unusable,
         content=content,
-        better_root=better_root(dataset, missing) if missing else None,
+        better_root=better_root(dataset, list(unusable), all_of=keys) if unusable else None,
     )
 
 
@@ -223,15 +223,30 @@ def _reasons(suspects: Sequence[ImageRef], end: float) -> dict[str, str]:
     return reasons
 
 
-def better_root(dataset: Dataset, missing: Sequence[str]) -> Path | None:
-    """A folder near the dataset that holds most of `missing` files, better than the image root; None if none does."""
-    some = [missing[k] for k in sorted({len(missing) * k // 32 for k in range(32)})]
+def better_root(dataset: Dataset, unusable: Sequence[str], all_of: Sequence[str] = ()) -> Path | None:
+    """A folder that holds most of the pictures `unusable` that are not where they should be; None if none is known.
+
+    It lies near the dataset, or above `all_of` its pictures, where all of these are there by their absolute paths.
+    """
+    if all_of and all(PurePath(key).is_absolute() and _is_file(Path(key)) for key in all_of):
+        return Path(os.path.commonpath([PurePath(key).parent for key in all_of]))
+    missing = [key for key in unusable if not _is_file(dataset.image_root / key)]
+    some = [missing[k] for k in sorted({len(missing) * k // 32 for k in range(32)})] if missing else []
+    inside = [key for key in some if not PurePath(key).is_absolute() and PurePath(key).parts[:1] != ("..",)]
 
     def held(root: Path) -> int:
-        return sum((root / key).is_file() for key in some)
+        return sum(_is_file(root / key) for key in inside)
 
-    best = max(_nearby(dataset), key=held, default=None)
+    best = max(_nearby(dataset), key=held, default=None) if inside else None
     return best if best is not None and 2 * held(best) >= len(some) else None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file. A name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _nearby(dataset: Dataset) -> list[Path]:

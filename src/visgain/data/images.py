@@ -38,7 +38,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _SHOWN_CHARS = 200
 _HINT_BYTES = 4096
 Bytes = IO[bytes] | io.BytesIO
@@ -61,10 +61,10 @@ class ImageFile:
         return PurePath(os.path.normpath(self.path)).as_posix()
 
     def hint(self) -> str | None:
-        """See `content_hint`; None where the file may or can not be read."""
+        """See `content_hint`; None where the file may or can not be read, or is empty."""
         try:
             with self._locate().open("rb") as file:
-                return content_hint(file)
+                return content_hint(file) if os.fstat(file.fileno()).st_size else None
         except (ImageError, OSError, ValueError):
             return None
 
@@ -81,7 +81,11 @@ class ImageFile:
 
     def is_there(self) -> bool:
         """Whether there is anything at the path. Raises ImageError if it is not allowed to look."""
-        return self._allowed().exists()
+        target = self._allowed()
+        try:
+            return target.exists()
+        except OSError as error:  # e.g. a name that is too long
+            raise ImageError(f"cannot read image {_one_line(self.path)}: {error.strerror or error}") from error
 
     def names(self) -> list[str]:
         """Names of the files in the folder at the path; none if it is no folder. Raises ImageError as `is_there`."""
@@ -105,15 +109,21 @@ class ImageFile:
             raise ImageError("the image path is empty")
         if "\0" in self.path:
             raise ImageError(f"image path {shown} holds a null byte")
+        if self.path[:5].lower() == "data:":
+            raise ImageError(f"image {self.path[:40]}... stands in the text itself (base64); write it to a file")
         if _URL.match(self.path):
             raise ImageError(f"image {shown} is a URL; download it and give --image-root")
         relative = PurePath(os.path.normpath(self.path))
         if relative.anchor:
-            raise ImageError(f"image path {shown} is absolute; it must be relative to --image-root")
+            raise ImageError(f"image path {shown} is absolute and does not lie below --image-root")
         if relative.parts[:1] == ("..",):
             raise ImageError(f"image path {shown} leads out of --image-root")
         target = self.root / relative
-        if not self.follow_links and not target.resolve().is_relative_to(self.root.resolve()):
+        try:
+            is_inside = self.follow_links or target.resolve().is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names that no file can have
+            raise ImageError(f"cannot read image {shown}: {_one_line(str(error))}") from error
+        if not is_inside:
             raise ImageError(f"image {shown} is a link out of --image-root; --follow-links allows that")
         return target
 
@@ -134,7 +144,9 @@ class ImageSpan:
         return f"{self.name} at {self.offset} in {self.container.name}"
 
     def hint(self) -> str | None:
-        """See `content_hint`; None where the bytes cannot be read."""
+        """See `content_hint`; None where the bytes cannot be read, or there are none."""
+        if self.size == 0:
+            return None
         try:
             with self.container.open("rb") as file:
                 return content_hint(file, self.offset, self.size)

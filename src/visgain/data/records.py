@@ -330,7 +330,8 @@ class PathImages:
         path = value.removeprefix("file://")
         if path.startswith(os.sep):  # as some tools write them; outside of the root they are refused when opened
             with suppress(ValueError):
-                path = str(PurePath(path).relative_to(self.root.absolute()))
+                path = os.path.normpath(path)
+                path = str(PurePath(path).relative_to(os.path.normpath(self.root.absolute())))
         return ImageFile(root=self.root, path=path, max_pixels=self.max_pixels, follow_links=self.follow_links)
 
 
