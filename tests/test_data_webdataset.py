@@ -61,6 +61,11 @@ def texts(sample: Sample | Skipped) -> list[str]:
     return [turn.text for turn in sample.turns]
 
 
+@pytest.mark.parametrize(("name", "source"), [("./a/7", "a"), ("a/7", "a"), ("./7", "t"), ("7", "t")])
+def test_a_tar_of_a_folder_has_the_sources_of_the_folder_itself(tmp_path: Path, name: str, source: str) -> None:
+    assert read_sample(tmp_path, [(f"{name}.png", RED), (f"{name}.json", talk())]).source == source
+
+
 def colours(sample: Sample) -> list[object]:
     return [image.open().getpixel((0, 0)) for image in sample.images]
 

@@ -282,7 +282,7 @@ def _source(fields: Mapping[str, Any], columns: Columns, images: tuple[ImageRef,
             return printable(said)
     if without:
         return "text"
-    folder, slash, _ = images[0].key.partition("/") if images else ("", "", "")
+    folder, slash, _ = images[0].key.removeprefix("./").partition("/") if images else ("", "", "")  # "./": in tars
     return printable(folder if slash and folder not in ("", "..") else name)
 
 
