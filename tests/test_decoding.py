@@ -396,6 +396,14 @@ def test_a_spec_reads_back(name: str) -> None:
     assert decoder.spec.startswith(name)
 
 
+@pytest.mark.parametrize(
+    ("spec", "seed"), [("sample", 5), ("vcd:alpha=2", 5), ("vcd:seed=0", 0), ("sample:temperature=2,seed=3", 3)]
+)
+def test_the_runs_seed_counts_where_the_spec_says_none(spec: str, seed: int) -> None:
+    assert f"seed={seed}" in parse_decoder(spec, 5).spec
+    assert parse_decoder("greedy", 5).spec == "greedy"
+
+
 @pytest.mark.parametrize("spec", ["vcd:beta=0", "vcd:step=1000", "vcd:gamma=1", "m3id:alpha=0", "vcd:alpha=x"])
 def test_a_wrong_option_is_told(spec: str) -> None:
     with pytest.raises(ConfigError, match=spec.partition(":")[0]):

@@ -182,6 +182,21 @@ def test_a_wrong_option_is_one_message(pope: Path, tmp_path: Path, options, erro
     assert not list(tmp_path.rglob("answers.jsonl"))
 
 
+def test_a_seed_is_another_draw(pope: Path, tmp_path: Path) -> None:
+    drawn = []
+    for seed in (1, 2):
+        out = tmp_path / str(seed)
+        run_eval(config(pope, out, decoding="sample:temperature=9", seed=seed, limit=2, stages="generate"))
+        drawn.append((out / "pope/answers.jsonl").read_text())
+    assert drawn[0] != drawn[1]
+
+
+def test_a_missing_picture_is_told_before_anything_is_asked(pope: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"10 of pope's 10 picture files are missing, .*000000.png; --image-root"):
+        run_eval(config(pope, tmp_path, image_root=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_line_prints_the_table(pope: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["eval", "--benchmarks", "pope", "--data", str(pope), "--image-root", str(pope)]
     main([*command, "--model", "embedded", "--out", str(tmp_path), "--limit", "4", "--max-new-tokens", "4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from visgain.registry import Registry
@@ -23,7 +24,12 @@ DECODERS: Registry[Any] = Registry(
 )
 
 
-def parse_decoder(spec: str) -> Decoder:
-    """The decoder that `name` or `name:key=value,key=value` says. Raises UnknownName or ConfigError."""
-    made: Decoder = DECODERS.make(spec)
-    return made
+def parse_decoder(spec: str, seed: int = 0) -> Decoder:
+    """The decoder that `name` or `name:key=value,key=value` says. Raises UnknownName or ConfigError.
+
+    seed: that of a decoder that draws, where `spec` says none.
+    """
+    made: Any = DECODERS.make(spec)
+    options = {option.partition("=")[0].strip() for option in spec.partition(":")[2].split(",")}
+    decoder: Decoder = replace(made, seed=seed) if hasattr(made, "seed") and "seed" not in options else made
+    return decoder

@@ -18,6 +18,7 @@ from typing import Any
 
 import visgain
 from visgain.config import EvalConfig
+from visgain.data.images import ImageFile
 from visgain.errors import ConfigError, DataError
 from visgain.evaluation.answers import Answer, joined, read_answers
 from visgain.evaluation.benchmark import BENCHMARKS, Benchmark, Item, JudgedBenchmark, Question
@@ -90,6 +91,9 @@ def run_eval(config: EvalConfig) -> list[Result]:
         EXPORTS.get(name)
     asked = {benchmark.name: read_questions(config, benchmark) for benchmark in benchmarks}
     variants = {benchmark.name: _variant(config, benchmark) for benchmark in benchmarks}
+    if "generate" in config.stages and config.model is not None:
+        for name, questions in asked.items():
+            require_pictures(name, questions)
     models, results = Models(config), []
     for benchmark in benchmarks:
         questions, folder = asked[benchmark.name], config.out / benchmark.name
@@ -113,6 +117,19 @@ def read_questions(config: EvalConfig, benchmark: Benchmark) -> list[Question]:
     if len({question.key for question in questions}) < len(questions):
         raise DataError(f"{benchmark.name}: two questions of the data have the same split and id")
     return questions[: config.limit]
+
+
+def require_pictures(benchmark: str, questions: Sequence[Question]) -> None:
+    """Raises DataError if a picture's file is missing, ImageError if it may not be read: not after half a night."""
+    named = {
+        (image.root, image.path): image for one in questions for image in one.images if isinstance(image, ImageFile)
+    }
+    missing = [image for image in named.values() if not image.is_there()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {benchmark}'s {len(named)} picture files are missing, the first is "
+            f"{missing[0].root / missing[0].path}; --image-root names the folder that they are in"
+        )
 
 
 def _data(config: EvalConfig, benchmark: Benchmark) -> Path:
@@ -155,7 +172,7 @@ def generate(config: EvalConfig, benchmark: Benchmark, questions: Sequence[Quest
         return
     if config.model is None and (folder / ANSWERS).is_file():
         return
-    decoder = parse_decoder(config.decoding)
+    decoder = parse_decoder(config.decoding, config.seed)
     length = config.max_new_tokens or benchmark.max_new_tokens
     identity: dict[str, Any] = {
         "questions": data_hash,
