@@ -75,6 +75,7 @@ def test_an_unclear_split_is_refused(tmp_path: Path) -> None:
         ([{"question_id": "v1_0", "words": "a"}], "line 1 .*none of prediction"),
         ([{"question_id": "v1_0", "text": "a"}, {"text": "b"}], "line 2 .*no 'question_id'"),
         ([], "holds no answers"),
+        ([{"id": "v1_0", "model_answer": ""}, {"id": "v1_1", "model_answer": ""}], "every 'model_answer' .*template"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, rows: list[Any], told: str) -> None:

@@ -65,8 +65,8 @@ def test_the_report_shows_both(tmp_path: Path) -> None:
     )
     page = out.read_text()
     assert "Gain by &lt;x&gt;" in page
-    assert "87.1" in page
-    assert "85.0 to 89.0" in page
+    assert "87.14" in page
+    assert "85.00 to 89.00" in page
     assert "undefined" in page
     assert "the first ones only" in page
 

@@ -48,7 +48,10 @@ def _read(path: Path, benchmark: str, questions: Sequence[Question], splits: Spl
     name = next((name for name in IDS if name in rows[0].fields), None)
     if name is None:
         return _in_order(path, benchmark, rows, questions)
-    return [_answer(row, path, benchmark, splits, row.id(name), _text(row)) for row in rows]
+    found = [_answer(row, path, benchmark, splits, row.id(name), _text(row)) for row in rows]
+    if "model_answer" in rows[0].fields and not any(answer.prediction for answer in found):
+        raise DataError(f"every 'model_answer' in {path} is empty: it is MMHal-Bench's template, without answers")
+    return found
 
 
 def _by_key(path: Path) -> dict[str, str] | None:

@@ -130,5 +130,5 @@ def _evaluation(path: Path) -> Evaluation:
 
 def _metric(name: str, one: Mapping[str, Any]) -> Metric:
     value, low, high = (None if one[key] is None else float(one[key]) for key in ("value", "low", "high"))
-    interval = "" if low is None or high is None else f"{low:.1f} to {high:.1f}"
-    return Metric(name=name, value="undefined" if value is None else f"{value:.1f}", interval=interval)
+    interval = "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
+    return Metric(name=name, value="undefined" if value is None else f"{value:.2f}", interval=interval)
