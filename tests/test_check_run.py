@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from visgain.check.view import duration, print_checked
 from visgain.cli import main
 from visgain.config import CheckConfig, ScoreConfig
 from visgain.data import open_dataset
-from visgain.errors import ConfigError
+from visgain.errors import ConfigError, EncodingError
 from visgain.scoring.run import run_score
 from visgain.storage import read_scores
 from visgain.types import Sample
@@ -85,6 +86,24 @@ def test_estimated_tokens_are_those_of_all_rows_encoded(world: Checked, small_wo
     assert whole.image_tokens == pytest.approx(sum(one.n_image_tokens for one in encoded))
     assert whole.answer_tokens == pytest.approx(sum(len(one.turn) for one in encoded), rel=0.1)
     assert whole.scored_rows == sum(bool(sample.images) for sample in samples)
+
+
+def test_answer_tokens_beyond_the_limit_are_not_counted(small_world: Path) -> None:
+    data, limit = small_world / "data.json", 70
+    vlm = load_vlm("embedded")
+    encoder, uncut = make_encoder(vlm, max_length=limit), make_encoder(vlm)
+    dataset = open_dataset(data)
+    samples = [sample for row in range(len(dataset)) if isinstance(sample := dataset[row], Sample)]
+    left = whole = 0
+    for sample in samples:
+        images = [image.open() for image in sample.images]
+        whole += len(uncut.encode(sample, images).turn)
+        with suppress(EncodingError):
+            left += len(encoder.encode(sample, images).turn)
+    assert left < 0.8 * whole, "the limit cuts"
+    found = run_check(CheckConfig(model="embedded", data=data, sample=30, max_length=limit)).estimate
+    assert found is not None
+    assert found.answer_tokens == pytest.approx(left, rel=0.15)
 
 
 def test_measured_scores_and_disk_are_those_of_score(world: Checked, small_world: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def estimate(config: ScoreConfig, vlm: VLM, reading: Reading, measured: Measured
     margin = _margin(rows, rates, lengths)
     if measured is not None and measured.parts and measured.scores:
         seconds = _seconds(scan, rates, measured, scale, margin)
-    answer_tokens = scale * sum(rates[one.source].answer * one.answers for one in rows)
+    answer_tokens = scale * _answer_tokens(reading, rows, rates)
     return Estimate(
         rows=scan.n_rows,
         scored_rows=round(scale * sum(bool(one.images) for one in rows)),
@@ -126,6 +126,16 @@ def predicted(rows: Sequence[Outline], rates: Mapping[str, Rates]) -> Float64[np
     """Tokens of each row if nothing is cut."""
     tokens = [rates[one.source].text * one.text + rates[one.source].image * len(one.images) for one in rows]
     return np.asarray(tokens, dtype=np.float64)
+
+
+def _answer_tokens(reading: Reading, rows: Sequence[Outline], rates: Mapping[str, Rates]) -> float:
+    """Those that the limit leaves of `rows`. Of what lies beyond it, answers have the share that sampled rows show."""
+    beyond = [read.whole.is_answer[reading.max_length :] for read in reading.readable if read.whole is not None]
+    n_beyond = sum(map(len, beyond))
+    share = sum(int(part.sum()) for part in beyond) / n_beyond if n_beyond else 1.0
+    answers = np.asarray([rates[one.source].answer * one.answers for one in rows], dtype=np.float64)
+    lost = share * np.maximum(0.0, predicted(rows, rates) - reading.max_length)
+    return float(np.maximum(0.0, answers - lost).sum())
 
 
 def _margin(rows: Sequence[Outline], rates: Mapping[str, Rates], lengths: np.ndarray) -> float:
