@@ -68,7 +68,7 @@ def test_every_module_can_be_imported_and_says_what_it_is() -> None:
     found = [module.name for module in pkgutil.walk_packages(visgain.__path__, "visgain.")]
     assert len(found) > 30
     for name in found:
-        if name != "visgain.__main__":
+        if name not in ("visgain.__main__", "visgain.evaluation.lmms"):  # it needs lmms-eval
             assert importlib.import_module(name).__doc__, f"{name} does not say what it is"
 
 
