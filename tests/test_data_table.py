@@ -383,6 +383,14 @@ def test_subsets_are_told_apart_by_their_folder(tmp_path: Path) -> None:
         open_dataset(Path(f"{tmp_path}:train"))
 
 
+def test_files_of_different_layouts_are_not_one_dataset(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [{"texts": PAIR, "images": [{"bytes": RED, "path": None}]}])
+    write(tmp_path / "b.parquet", [{"caption": "A cat.", "image": {"bytes": RED, "path": None}}])
+    with pytest.raises(DataError, match=r"a\.parquet and b\.parquet hold rows of different layouts"):
+        open_dataset(tmp_path)
+    assert said(open_dataset(tmp_path / "b.parquet")[0]) == ["<image>", "A cat."]
+
+
 def test_shards_may_lack_a_column(tmp_path: Path) -> None:
     write(tmp_path / "a-0.parquet", [{"question": "Q", "answer": "with", "image": RED}])
     write(tmp_path / "a-1.parquet", [{"question": "Q", "answer": "without"}])

@@ -93,6 +93,8 @@ class TableRows:
             tables = [TableFile.of(file) for file in shown]
             schemas = [table.schema for table in tables]
         self.fields: Collection[str] = sorted({name for schema in schemas for name in _field_names(schema)})
+        self.kinds = {frozenset(_field_names(schema)): file for file, schema in zip(files, schemas, strict=True)}
+        """The different sets of fields, each with a file that has it."""
         self.columns = _with_pictures(columns, schemas, path)
         """What the user said, and the column of pictures if it has an unusual name."""
         self._names = [_names_to_read(schema, self.columns) for schema in schemas]

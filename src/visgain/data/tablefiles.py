@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from visgain.data.images import ImageSpan
 from visgain.data.parts import base_of, choose, find_parts, whole
-from visgain.data.records import Columns, PathImages, RecordDataset
+from visgain.data.records import Columns, Layout, PathImages, RecordDataset, find_layout
 from visgain.data.table import TableImage, TableRows
 from visgain.errors import DataError
 from visgain.types import ImageRef
@@ -46,7 +47,12 @@ class TableFormat:
 
 
 def table_dataset(rows: TableRows, images: PathImages, layout: str | None, name: str) -> RecordDataset:
-    """`rows` as samples; pictures that are no bytes are files, read by `images`. `name`: the dataset's."""
+    """`rows` as samples; pictures that are no bytes are files, read by `images`. `name`: the dataset's.
+
+    Raises DataError for files that do not belong together: one would be read as what the other is.
+    """
+    if layout is None and not set(rows.columns.names) - {"images"}:
+        _require_one_layout(rows)
     return RecordDataset(
         rows,
         images.root,
@@ -57,6 +63,16 @@ def table_dataset(rows: TableRows, images: PathImages, layout: str | None, name:
         open_image=Pictures(images),
         name=name,
     )
+
+
+def _require_one_layout(rows: TableRows) -> None:
+    found: dict[Layout, Path] = {}
+    for fields, file in rows.kinds.items():
+        with suppress(DataError):  # a file may lack a column
+            found.setdefault(find_layout(fields, Columns(), file), file)
+    if len(found) > 1:
+        one, other, *_ = found.values()
+        raise DataError(f"{one} and {other.name} hold rows of different layouts; let --data name one of the files")
 
 
 TABLE = TableFormat()
