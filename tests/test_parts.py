@@ -149,3 +149,7 @@ def test_a_cache_that_cannot_be_written_is_one_message(tmp_path: Path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(DataError, match=r"cannot keep an index of .*XDG_CACHE_HOME"):
         derived("x", [Path(__file__)], lambda target: None)
+
+
+def test_digits_that_are_no_numbers_are_sorted_as_signs() -> None:
+    assert sorted(["a10", "a9", "1²3"], key=natural) == ["1²3", "a9", "a10"]

@@ -29,7 +29,7 @@ _MANY = 100_000
 
 def natural(name: str) -> tuple[object, ...]:
     """A key to sort names by, in which numbers count as numbers."""
-    return tuple((int(part), part) if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name))
+    return tuple((int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name))
 
 
 def base_of(path: Path) -> Path:
