@@ -423,7 +423,8 @@ def test_no_root_is_suggested_for_paths_that_leave_every_root(tmp_path: Path) ->
     text = data.read_text().replace("pics/", "../pics/")
     data = tmp_path / "set/texts/data.json"
     data.write_text(text)
-    assert "point --image-root at" in found_in_data(data)["missing-pictures"].mend
+    for root in (None, tmp_path / "set"):
+        assert "point --image-root at" in found_in_data(data, root)["missing-pictures"].mend
 
 
 def test_names_that_no_file_can_have_and_links_in_a_circle_are_missing_pictures(tmp_path: Path) -> None:
