@@ -11,7 +11,7 @@ Tried with lmms-eval 0.7.3, which is no dependency. Its tasks that compare likel
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +27,18 @@ from visgain.vlm.template import make_encoder
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A picture in memory."""
+class _Shown:
+    """Picture `number` of a row, taken from it when it is needed: a task's pictures do not fit into memory together."""
 
     key: str
-    image: Image
+    pictures: Callable[[], Sequence[Image]]
+    number: int
 
     def hint(self) -> None:
         return None
 
     def open(self) -> Image:
-        return self.image.convert("RGB")
+        return self.pictures()[self.number].convert("RGB")
 
 
 class VisgainModel(lmms):  # type: ignore[misc]
@@ -83,11 +84,15 @@ class VisgainModel(lmms):  # type: ignore[misc]
 
     def _ask(self, request: Any) -> Ask:
         context, _, pictures_of, row, task, split = request.args
-        pictures = pictures_of(self.task_dict[task][split][row]) or []
-        if not all(isinstance(picture, Image) for picture in pictures):
+
+        def pictures() -> Sequence[Image]:
+            return pictures_of(self.task_dict[task][split][row]) or []
+
+        shown = pictures()
+        if not all(isinstance(picture, Image) for picture in shown):
             raise DataError(f"row {row} of {task} shows something that is no picture; visgain answers about pictures")
-        held = [_Held(f"{task}/{split}/{row}/{n}", picture) for n, picture in enumerate(pictures)]
-        return Ask.plain(context.replace(IMAGE_MARK, "").strip(), held)
+        images = [_Shown(f"{task}/{split}/{row}/{number}", pictures, number) for number in range(len(shown))]
+        return Ask.plain(context.replace(IMAGE_MARK, "").strip(), images)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         raise NotImplementedError("visgain answers tasks that generate; this one compares likelihoods")
