@@ -12,7 +12,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m "slow or published"
+	$(BIN)/python -m pytest -n auto -m "slow or published"
 
 test-integration: .venv/installed
 	$(BIN)/python -m pytest -m integration
