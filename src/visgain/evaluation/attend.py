@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from visgain.errors import ModelError
+from visgain.vlm.attention import attending
 
 EDITED = "visgain_edited"
 """Name of the attention under which edits run."""
@@ -154,16 +155,13 @@ def edited(model: PreTrainedModel, edit: Edit) -> Iterator[None]:
     layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ModelError(f"{type(model).__name__} has no list of decoder layers, so its attention cannot be edited")
-    config = model.config.get_text_config(decoder=True)
-    before = config._attn_implementation
     hooks = [_watched(layer, number, edit) for number, layer in enumerate(layers)] if hasattr(edit, "see") else []
-    config._attn_implementation = {"": EDITED}
     _active, _n_layers = edit, len(layers)
     try:
-        yield
+        with attending(model, EDITED):
+            yield
     finally:
         _active = None
-        config._attn_implementation = {"": before}
         for hook in hooks:
             hook.remove()
 

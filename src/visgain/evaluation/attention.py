@@ -29,6 +29,7 @@ from visgain.data import Dataset, open_dataset
 from visgain.errors import DataError, EncodingError, ImageError, ModelError
 from visgain.tables import Line, Table, Z, write_table
 from visgain.types import Encoded, Sample
+from visgain.vlm.attention import attending
 from visgain.vlm.batch import pad_batch
 from visgain.vlm.encode import Encoder
 from visgain.vlm.load import VLM, load_vlm
@@ -157,15 +158,12 @@ _active: _Watch | None = None
 @contextmanager
 def _watched(vlm: VLM, watch: _Watch) -> Iterator[None]:
     global _active
-    config = vlm.model.config.get_text_config(decoder=True)
-    before = config._attn_implementation
-    config._attn_implementation = {"": WATCHED}
     _active = watch
     try:
-        yield
+        with attending(vlm.model, WATCHED):
+            yield
     finally:
         _active = None
-        config._attn_implementation = {"": before}
 
 
 def watched_attention(

@@ -122,18 +122,27 @@ _active: Layout | None = None
 
 
 @contextmanager
-def packed(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
-    """Run `model`'s language part on the pack that `layout` describes. Not reentrant, and for one thread."""
-    global _active
+def attending(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let `model`'s language part, and no other part, attend by the function registered as `name`."""
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
-    config._attn_implementation = {"": PACKED}  # the text would be handed on to a vision part's configuration inside
-    _active = layout
+    config._attn_implementation = {"": name}  # the text would be handed on to a vision part's configuration inside
     try:
         yield
     finally:
-        _active = None
         config._attn_implementation = {"": before}
+
+
+@contextmanager
+def packed(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
+    """Run `model`'s language part on the pack that `layout` describes. Not reentrant, and for one thread."""
+    global _active
+    _active = layout
+    try:
+        with attending(model, PACKED):
+            yield
+    finally:
+        _active = None
 
 
 def packed_attention(
