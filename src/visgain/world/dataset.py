@@ -43,11 +43,11 @@ class Split:
     """What a split talks about. The shares are of rows and add up to at most 1; the rest are visual conversations."""
 
     bias: float
-    captions: float
-    common_sense: float
-    text_only: float
-    existence: float
     turns: tuple[int, int]  # fewest and most exchanges in a visual conversation
+    captions: float = 0.0
+    common_sense: float = 0.0
+    text_only: float = 0.0
+    existence: float = 0.0
     objects: int = MAX_OBJECTS  # most objects in a picture
     notes: float = 0.0  # of rows; they have no ground truth
     visual: tuple[Speaker, ...] = VISUAL  # what visual conversations are about
@@ -70,21 +70,17 @@ class Split:
 
 SPLITS = {
     # Many exchanges to a picture: the same image tokens teach more.
-    "align": Split(bias=0.0, captions=0.4, common_sense=0.04, text_only=0.04, existence=0.0, turns=(1, 4)),
+    "align": Split(bias=0.0, captions=0.4, common_sense=0.04, text_only=0.04, turns=(1, 4)),
     # As in LLaVA's mixture, a good part of the instruction data can be answered without looking.
     "train": Split(bias=0.9, captions=0.15, common_sense=0.25, text_only=0.06, existence=0.15, turns=(1, 3)),
-    "test": Split(bias=-1.0, captions=0.2, common_sense=0.0, text_only=0.0, existence=0.35, turns=(1, 1)),
+    "test": Split(bias=-1.0, captions=0.2, existence=0.35, turns=(1, 1)),
     # The embedded model learns to see (one object to a picture), to look around ("align"), to find an object by its
     # kind ("notes"), to answer about it ("ask"), everything together ("questions"), and then what came slowest
     # ("where", "relate") before everything once more ("everything").
-    "easy": Split(bias=0.0, captions=0.5, common_sense=0.02, text_only=0.02, existence=0.0, turns=(1, 1), objects=1),
-    "notes": Split(bias=0.0, captions=0.0, common_sense=0.0, text_only=0.0, existence=0.0, turns=(1, 1), notes=1.0),
+    "easy": Split(bias=0.0, captions=0.5, common_sense=0.02, text_only=0.02, turns=(1, 1), objects=1),
+    "notes": Split(bias=0.0, turns=(1, 1), notes=1.0),
     "ask": Split(
         bias=0.0,
-        captions=0.0,
-        common_sense=0.0,
-        text_only=0.0,
-        existence=0.0,
         turns=(2, 4),
         notes=0.2,
         visual=(colour, size, place),
@@ -95,20 +91,12 @@ SPLITS = {
     # Two relations: they seldom fit into a conversation, since they mention two kinds.
     "where": Split(
         bias=0.0,
-        captions=0.0,
-        common_sense=0.0,
-        text_only=0.0,
-        existence=0.0,
         turns=(2, 4),
         notes=0.1,
         visual=(place, count, relation, relation),
     ),
     "relate": Split(
         bias=0.0,
-        captions=0.0,
-        common_sense=0.0,
-        text_only=0.0,
-        existence=0.0,
         turns=(2, 3),
         visual=(place, relation, relation),
     ),
