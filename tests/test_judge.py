@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fake_judge import Says, Seen, error, reply, serving
 from visgain.errors import ConfigError, DataError, JudgeError
-from visgain.evaluation.benchmark import Item, JudgedBenchmark, Question, ReadsAnswers
+from visgain.evaluation.benchmark import Item, JudgedBenchmark, Question
 from visgain.evaluation.endpoint import Address, Chat, Endpoint, Reply
 from visgain.evaluation.judge import CachedJudge, JudgeOptions, estimated, judge_answers
 from visgain.evaluation.judge_prompt import filled, read_prompt
@@ -427,4 +427,3 @@ def test_a_prompt_file_that_cannot_be_read(content: bytes | None, tmp_path: Path
 @pytest.mark.parametrize("benchmark", [LlavaBench(), MMHal(), MMVet()])
 def test_they_are_what_they_say(benchmark: object) -> None:
     assert isinstance(benchmark, JudgedBenchmark)
-    assert isinstance(benchmark, ReadsAnswers)

@@ -21,7 +21,9 @@ from PIL import Image
 from conftest import SHARED
 from visgain.errors import DataError, VisgainError
 from visgain.evaluation import llava_bench, mmhal, mmvet
+from visgain.evaluation.answers import joined
 from visgain.evaluation.benchmark import Item, JudgedBenchmark, Question
+from visgain.evaluation.foreign import read_foreign
 from visgain.evaluation.judge import JudgeOptions, judge_answers
 from visgain.evaluation.judgements import judged
 from visgain.evaluation.llava_bench import LlavaBench
@@ -39,10 +41,15 @@ def metrics(benchmark: JudgedBenchmark, items: Sequence[Item], variant: str = "o
     return {name: value(np.ones(len(items))) for name, value in benchmark.score(items, variant).metrics.items()}
 
 
+def answers(benchmark: JudgedBenchmark, path: Path, questions: Sequence[Question]) -> dict[tuple[str, str], str]:
+    """What `visgain eval --answers` takes from a file, by key."""
+    found = joined(questions, read_foreign(path, benchmark.name, questions))
+    return {answer.key: answer.prediction for answer in found}
+
+
 def replay(benchmark: Any, questions: list[Question], answers: Path, reviews: Sequence[Path]) -> list[Item]:
     """Items as `visgain eval` makes them of official files of answers and reviews."""
-    found = benchmark.answers(answers, questions)
-    said = [found[question.key] for question in questions]
+    said = [answer.prediction for answer in joined(questions, read_foreign(answers, benchmark.name, questions))]
     options = JudgeOptions(judge=",".join(map(str, reviews)))
     runs = judged(questions, said, judge_answers(benchmark, questions, said, options))
     return [Item(question=q, prediction=p, judgements=j) for q, p, j in zip(questions, said, runs, strict=True)]
@@ -625,17 +632,20 @@ VET_QUESTIONS = [Question(id=f"v1_{n}", prompt="?", facts={"capability": []}) fo
 
 def test_answers_in_official_formats(tmp_path: Path) -> None:
     (tmp_path / "vet.json").write_text(json.dumps({"v1_1": "b", "v1_0": ""}))
-    assert MMVet().answers(tmp_path / "vet.json", VET_QUESTIONS) == {("", "v1_0"): "", ("", "v1_1"): "b"}
+    assert answers(MMVet(), tmp_path / "vet.json", VET_QUESTIONS) == {("", "v1_0"): "", ("", "v1_1"): "b"}
     rows = [{"question_id": 1, "prompt": "?", "text": "b", "metadata": {}}, {"question_id": 0, "text": ""}]
     path = write_lines(tmp_path / "answers.jsonl", rows)
-    assert MMVet().answers(path, VET_QUESTIONS) == {("", "v1_0"): "", ("", "v1_1"): "b"}
-    assert LlavaBench().answers(path, []) == {("", "0"): "", ("", "1"): "b"}
+    assert answers(MMVet(), path, VET_QUESTIONS) == {("", "v1_0"): "", ("", "v1_1"): "b"}
+    assert answers(LlavaBench(), path, [Question(id=str(n), prompt="?") for n in range(2)]) == {
+        ("", "0"): "",
+        ("", "1"): "b",
+    }
     filled_in = mmhal_file(tmp_path, model_answer="Red.")
     questions = MMHal().questions(filled_in, None)
-    answers = MMHal().answers(filled_in, questions)
-    assert [answers[question.key] for question in questions] == ["", "", "", "Red.", *[""] * 92]
+    found = answers(MMHal(), filled_in, questions)
+    assert [found[question.key] for question in questions] == ["", "", "", "Red.", *[""] * 92]
     with pytest.raises(DataError, match=r"every 'model_answer' .* is empty"):
-        MMHal().answers(mmhal_file(tmp_path), questions)
+        answers(MMHal(), mmhal_file(tmp_path), questions)
 
 
 def completions(texts: Sequence[Any]) -> list[Any]:
@@ -654,11 +664,11 @@ def test_mmhal_reviews_have_no_ids_and_go_by_order_if_there_are_as_many(tmp_path
 
 BAD_FILES: list[tuple[Any, str, Callable[[Path], object], str]] = [
     (LlavaBench(), "jsonl", lambda p: [{"question_id": 0, "text": 1}], "'text' is 1"),
-    (LlavaBench(), "jsonl", lambda p: [{"question_id": 0, "text": "a"}] * 2, "'0' was there before, in line 1"),
-    (LlavaBench(), "jsonl", lambda p: [{"text": "a"}], "has no 'question_id'"),
+    (LlavaBench(), "jsonl", lambda p: [{"question_id": 0, "text": "a"}] * 2, "1 there more than once"),
+    (LlavaBench(), "jsonl", lambda p: [{"text": "a"}], "has no ids .* but it has 1 rows for 2 questions"),
     (MMVet(), "json", lambda p: {"v1_0": 1}, "'v1_0' is 1, not a string"),
-    (MMVet(), "json", lambda p: ["a"], 'no JSON object like {"v1_0": "answer"'),
-    (MMHal(), "json", lambda p: [{"image_id": "a"}], "has no 'model_answer'"),
+    (MMVet(), "json", lambda p: ["a"], "entry 1 of .*answers.json"),
+    (MMHal(), "json", lambda p: [{"image_id": "a"}], "has none of .*model_answer"),
 ]
 
 
@@ -669,7 +679,7 @@ def test_answers_that_are_wrong(
     path = tmp_path / f"answers.{suffix}"
     path.write_text("\n".join(map(json.dumps, content(path))) if suffix == "jsonl" else json.dumps(content(path)))
     with pytest.raises(DataError, match=told):
-        benchmark.answers(path, VET_QUESTIONS)
+        answers(benchmark, path, VET_QUESTIONS)
 
 
 @pytest.mark.parametrize(

@@ -107,15 +107,6 @@ class JudgedBenchmark(Benchmark, Protocol):
         ...
 
 
-@runtime_checkable
-class ReadsAnswers(Protocol):
-    """A benchmark with an official file format for a model's answers."""
-
-    def answers(self, path: Path, questions: Sequence[Question]) -> dict[tuple[str, str], str]:
-        """The predictions in such a file by the questions' keys, as far as they are there. Raises DataError."""
-        ...
-
-
 BENCHMARKS: Registry[Callable[[], Benchmark]] = Registry(
     "benchmark",
     {

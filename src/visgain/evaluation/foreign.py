@@ -55,13 +55,15 @@ def _read(path: Path, benchmark: str, questions: Sequence[Question], splits: Spl
 
 
 def _by_key(path: Path) -> dict[str, str] | None:
-    """The texts of a JSON file that is one object of id -> text; None if it is anything else."""
+    """The texts of a JSON file that is one object of id -> text; None if it is anything else. Raises DataError."""
     try:
         whole = read_json(path)
     except DataError:
         return None  # perhaps JSON lines under another name
-    is_texts = isinstance(whole, dict) and all(isinstance(text, str) for text in whole.values())
-    return whole if is_texts and not set(whole) & {*IDS, *TEXTS} else None
+    if not isinstance(whole, dict) or set(whole) & {*IDS, *TEXTS}:
+        return None
+    record = Record(where=str(path), fields=whole)
+    return {name: record.text(name) for name in whole}
 
 
 def _text(row: Record) -> str:

@@ -138,10 +138,6 @@ class LlavaBench:
         """One run from JSON lines `{question_id, content}`."""
         return {("", name): (row.text("content"),) for name, row in by_id(read_records(path), "question_id").items()}
 
-    def answers(self, path: Path, questions: Sequence[Question]) -> dict[tuple[str, str], str]:
-        """From JSON lines `{question_id, text}`."""
-        return {("", name): row.text("text") for name, row in by_id(read_records(path), "question_id").items()}
-
     def score(self, items: Sequence[Item], variant: str) -> Scored:
         """Keys: `relative` (the mean over runs), `conv.relative`, ...; of several runs also `run1.relative`, ..."""
         how, n, runs = VARIANTS[variant], len(items), judge_runs(items)

@@ -22,7 +22,7 @@ from visgain.errors import DataError
 from visgain.evaluation.benchmark import Item, JudgeRequest, Metric, Question, Scored, average, judge_runs, ratio
 from visgain.evaluation.hub import image_folder, local_copy, preferred
 from visgain.evaluation.judge_prompt import filled
-from visgain.evaluation.records import Record, by_id, read_json, read_records, unique
+from visgain.evaluation.records import Record, read_json, read_records, unique
 
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 QUESTIONS = 96
@@ -153,13 +153,6 @@ class MMHal:
             )
         texts = [_content(one, f"entry {n} of {path}") for n, one in enumerate(whole, start=1)]
         return {question.key: (text,) for question, text in zip(questions, texts, strict=True)}
-
-    def answers(self, path: Path, questions: Sequence[Question]) -> dict[tuple[str, str], str]:
-        """From the official file with `model_answer` filled in."""
-        found = {("", name): row.text("model_answer") for name, row in by_id(read_records(path), "image_id").items()}
-        if found and not any(found.values()):
-            raise DataError(f"every 'model_answer' in {path} is empty: it is the template, without answers")
-        return found
 
     def score(self, items: Sequence[Item], variant: str) -> Scored:
         """Keys: `score` (0 to 6), `hallucination_rate` (0 to 1) and both by type, `attribute.score`, ...; by run."""

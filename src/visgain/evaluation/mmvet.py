@@ -24,7 +24,7 @@ from visgain.errors import DataError
 from visgain.evaluation.benchmark import Item, JudgeRequest, Metric, Question, Scored, average, judge_runs, ratio
 from visgain.evaluation.hub import image_folder, local_copy, preferred
 from visgain.evaluation.judge_prompt import filled
-from visgain.evaluation.records import Record, by_id, field_named, read_json, read_records, unique
+from visgain.evaluation.records import Record, field_named, read_json, read_records, unique
 from visgain.types import ImageRef
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
@@ -115,17 +115,6 @@ class MMVet:
     def reviews(self, path: Path, questions: Sequence[Question]) -> dict[tuple[str, str], tuple[str, ...]]:
         """All runs from the official grade file `{"v1_0": {model: [...], content: [...], score: [...]}}`."""
         return {("", row.id("id")): row.texts("content") for row in _entries(path)}
-
-    def answers(self, path: Path, questions: Sequence[Question]) -> dict[tuple[str, str], str]:
-        """From the official `{"v1_0": "..."}`, or LLaVA's JSON lines `{question_id, text}`."""
-        if path.suffix.lower() == ".jsonl":
-            rows = by_id(read_records(path), "question_id")
-            return {("", _official_id(name)): row.text("text") for name, row in rows.items()}
-        whole = read_json(path)
-        if not isinstance(whole, dict):
-            raise DataError(f'{path} is no JSON object like {{"v1_0": "answer", ...}}')
-        record = Record(where=str(path), fields=whole)
-        return {("", name): record.text(name) for name in whole}
 
     def score(self, items: Sequence[Item], variant: str) -> Scored:
         """Keys: `total` and each capability, means over the runs; of several runs also `std` and `run1.total`, ..."""
