@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from visgain.data.index import IndexedFile, Pieces, RowIndex
+from visgain.data.index import IndexedRows, Pieces, RowIndex
 from visgain.data.llamafactory import columns_beside
 from visgain.data.records import KEYS, Columns, RecordDataset
 from visgain.errors import DataError
@@ -28,28 +28,13 @@ _SUFFIXES = (".csv", ".tsv")
 _LISTS = ("messages", "images", "history")
 
 
-class CsvRows:
+class CsvRows(IndexedRows):
     """The rows of one CSV file as objects, the header's names with the cells' texts."""
 
     def __init__(self, path: Path, columns: Columns) -> None:
-        self._file = IndexedFile(path, KIND, build_index)
+        super().__init__(path, KIND, build_index)
         self._delimiter, self._names = _header(path)
         self._lists = {name for key in _LISTS for name in (columns.names.get(key), *KEYS[key]) if name}
-
-    @property
-    def path(self) -> Path:
-        return self._file.path
-
-    @property
-    def fields(self) -> frozenset[str]:
-        return self._file.index.fields
-
-    @property
-    def fingerprint(self) -> str:
-        return self._file.index.fingerprint
-
-    def __len__(self) -> int:
-        return len(self._file)
 
     def __getitem__(self, row: int, /) -> dict[str, Any]:
         lines = io.StringIO(self._file[row].decode("utf-8"), newline="")

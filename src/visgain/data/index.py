@@ -222,5 +222,27 @@ class IndexedFile:
             raise self.changed()
 
 
+class IndexedRows:
+    """What the rows of any indexed text file have in common; a subclass says what the bytes of a row mean."""
+
+    def __init__(self, path: Path, kind: str, build: Callable[[Path], RowIndex]) -> None:
+        self._file = IndexedFile(path, kind, build)
+
+    @property
+    def path(self) -> Path:
+        return self._file.path
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return self._file.index.fields
+
+    @property
+    def fingerprint(self) -> str:
+        return self._file.index.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+
 def _state(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from visgain.data.index import MAX_FIELDS, IndexedFile, Pieces, RowIndex, place
+from visgain.data.index import MAX_FIELDS, IndexedRows, Pieces, RowIndex, place
 from visgain.data.llamafactory import columns_beside
 from visgain.data.parts import base_of, choose, find_parts, whole
 from visgain.data.records import Columns, RecordDataset, find_layout
@@ -36,26 +36,11 @@ _CUT_NEAR = 16
 """An error so near to the end of a piece may only mean that the rest is in the next: no literal or escape is longer."""
 
 
-class JsonRows:
+class JsonRows(IndexedRows):
     """The rows of one JSON file."""
 
     def __init__(self, path: Path) -> None:
-        self._file = IndexedFile(path, KIND, build_index)
-
-    @property
-    def path(self) -> Path:
-        return self._file.path
-
-    @property
-    def fields(self) -> frozenset[str]:
-        return self._file.index.fields
-
-    @property
-    def fingerprint(self) -> str:
-        return self._file.index.fingerprint
-
-    def __len__(self) -> int:
-        return len(self._file)
+        super().__init__(path, KIND, build_index)
 
     def __getitem__(self, row: int, /) -> Any:
         try:
