@@ -124,3 +124,10 @@ def test_a_damaged_comparison_is_told(tmp_path: Path) -> None:
     (tmp_path / "draft.json").write_text(json.dumps([1]))
     with pytest.raises(VisgainError, match=r"draft\.json"):
         read_draft(tmp_path)
+
+
+def test_tokens_of_samples_that_are_not_kept_do_not_count() -> None:
+    kept = [np.array([2.0, 2.0], np.float32), np.array([1.0, 1.0], np.float32), np.array([0.0, 0.0], np.float32)]
+    # 70% of 4 samples is 3, tau 0: the last sample is out, and so is its token of 5 nats.
+    exact, draft = np.array([-9.0, 5.0], np.float32), np.array([-9.0, -9.0], np.float32)
+    assert draft_error([*kept, draft], [*kept, exact]).overlap == 1
