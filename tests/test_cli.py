@@ -21,7 +21,7 @@ import visgain
 from visgain import config as configs
 from visgain.cli import app, main
 from visgain.errors import ConfigError, StorageError, VisgainError
-from visgain.training.trainer import TrainSummary
+from visgain.training.run import TrainSummary
 
 SURFACE = {
     "demo": "--out --rows --seed --steps --test-rows",
@@ -391,7 +391,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(config)
         return TrainSummary(rows=1, steps=1, active_tokens=1, mean_loss=1.0, seconds=1.0)
 
-    monkeypatch.setattr("visgain.training.trainer.run_train", train)
+    monkeypatch.setattr("visgain.training.run.run_train", train)
     return seen
 
 

@@ -14,7 +14,7 @@ from visgain.report.html import write_report
 from visgain.scoring.run import run_score
 from visgain.selection import run_select
 from visgain.storage import read_scores
-from visgain.training.trainer import run_train
+from visgain.training.run import run_train
 from visgain.vlm.load import EMBEDDED, load_vlm
 from visgain.world.dataset import write_world
 from visgain.world.evaluate import evaluate_world

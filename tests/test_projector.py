@@ -20,7 +20,7 @@ from tiny_llava import clip_llava, vicuna_like
 from visgain.config import ScoreConfig, TrainConfig
 from visgain.errors import ModelError, StorageError
 from visgain.scoring.run import run_score
-from visgain.training.trainer import run_train
+from visgain.training.run import run_train
 from visgain.vlm.load import VLM, load_vlm
 from visgain.vlm.projector import load_projector
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from visgain.scoring.run import run_score
     from visgain.selection import run_select
     from visgain.storage import read_scores, read_selection
-    from visgain.training.trainer import run_train
+    from visgain.training.run import run_train
     from visgain.types import Encoded, Sample, Selection, Skipped, TokenScores, Turn
     from visgain.vlm.load import load_vlm
     from visgain.vlm.template import make_encoder
@@ -57,7 +57,7 @@ _HOMES = {
     "visgain.scoring.run": ("run_score",),
     "visgain.selection": ("run_select",),
     "visgain.storage": ("read_scores", "read_selection"),
-    "visgain.training.trainer": ("run_train",),
+    "visgain.training.run": ("run_train",),
     "visgain.types": ("Encoded", "Sample", "Selection", "Skipped", "TokenScores", "Turn"),
     "visgain.vlm.load": ("load_vlm",),
     "visgain.vlm.template": ("make_encoder",),

@@ -113,7 +113,7 @@ def select(config: Annotated[SelectConfig, FLAT]) -> None:
 def train(config: Annotated[TrainConfig, FLAT]) -> None:
     """Train a model on the selected samples and tokens."""
     _quiet()
-    from visgain.training.trainer import run_train
+    from visgain.training.run import run_train
 
     done = run_train(config)
     print(

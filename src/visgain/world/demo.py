@@ -25,7 +25,7 @@ from visgain.report.html import write_report
 from visgain.scoring.run import run_score
 from visgain.selection import run_select
 from visgain.storage import claim_run, read_scores, write_json
-from visgain.training.trainer import run_train
+from visgain.training.run import run_train
 from visgain.world.dataset import write_world
 from visgain.world.evaluate import WorldMetrics, evaluate_world
 

@@ -15,7 +15,7 @@ import cyclopts
 
 from visgain.config import TrainConfig, WorldConfig
 from visgain.storage import write_json
-from visgain.training.trainer import run_train
+from visgain.training.run import run_train
 from visgain.world.dataset import write_world
 from visgain.world.evaluate import evaluate_world
 from visgain.world.model import build_blank
