@@ -42,6 +42,10 @@ SURFACE = {
         "--answers --batch-size --benchmarks --data --decoding --device --dtype --export --force --image-root --judge "
         "--judge-concurrency --judge-per-minute --judge-price --judge-prompt --judge-runs --limit --max-length "
         "--max-new-tokens --model --no-force --no-trust-remote-code --out --seed --stages --template "
+    "export": (
+        "--columns --data --follow-links --format --image-root --max-pixels --model --no-follow-links --out --scores "
+        "--selection --to"
+    ),
         "--trust-remote-code --variant"
     ),
     "analyze": (
@@ -66,6 +70,7 @@ REQUIRED = {
     "analyze": "--out",
     "report": "--scores",
     "show": "--scores ROW",
+    "export": "--data --out --selection --to",
     "world": "--out",
 }
 

@@ -22,6 +22,7 @@ VERBS = {
     "eval": configs.EvalConfig,
     "analyze": configs.AnalyzeConfig,
     "train": configs.TrainConfig,
+    "export": configs.ExportConfig,
     "report": configs.ReportConfig,
     "show": configs.ShowConfig,
     "world": configs.WorldConfig,

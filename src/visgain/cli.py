@@ -21,6 +21,7 @@ from visgain.config import (
     DemoConfig,
     EvalConfig,
     ReportConfig,
+    ExportConfig,
     ScoreConfig,
     SelectConfig,
     ShowConfig,
@@ -137,6 +138,18 @@ def evaluate(config: Annotated[EvalConfig, FLAT]) -> None:
 @app.command
 def analyze(config: Annotated[AnalyzeConfig, FLAT]) -> None:
     """Look into scores, into a model's attention, or into what a benchmark needs of its pictures."""
+@app.command
+def export(config: Annotated[ExportConfig, FLAT]) -> None:
+    """Write a selection as files for another trainer."""
+    from visgain.export.run import run_export
+
+    done = run_export(config)
+    print(f"{done.rows:,} rows, {done.active_tokens:,} of {done.tokens:,} answer tokens active")
+    for note in done.notes:
+        print(note)
+    print(f"export: {config.out}")
+
+
     from dataclasses import replace
 
     from visgain.tables import as_text
@@ -213,6 +226,7 @@ def list_names() -> None:
         ("templates", template_names()),
     ):
         print(f"{kind}: {', '.join(names)}")
+    from visgain.export import EXPORTERS
 
 
 @app.command
@@ -223,6 +237,7 @@ def env() -> None:
 
     print(f"visgain {visgain.__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "transformers", "accelerate", "peft", "tokenizers", "pyarrow", "numpy", "pillow"):
+        ("exporters", EXPORTERS.names()),
         try:
             print(f"{package} {version(package)}")
         except PackageNotFoundError:
@@ -293,6 +308,7 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+        "export": ExportConfig,
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

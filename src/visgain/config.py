@@ -258,6 +258,37 @@ class EvalConfig:
     max_length: int | None = None
     """Longest prompt in tokens, image tokens included [default: the template's]."""
     judge: str | None = None
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Which selection, of what data, for which trainer."""
+
+    selection: Path
+    """Folder that `visgain select` wrote."""
+    data: Path
+    """The dataset that was scored."""
+    to: str
+    """The trainer or format, see `visgain list`; with options as in finevision:levels=5."""
+    out: Path
+    """Folder for the files; a former export there is replaced."""
+    image_root: Path | None = None
+    """Folder that the dataset's image paths are relative to [default: the dataset's folder]."""
+    columns: str | None = None
+    """What the dataset's fields are called, as in messages=dialog,images=pictures [default: as scored, or found]."""
+    format: str | None = None
+    """Data format or layout of rows, by a name of `visgain list` [default: as scored, or recognised]."""
+    scores: Path | None = None
+    """Folder that `visgain score` wrote, for exporters that write numbers and not only what is kept."""
+    model: str | None = None
+    """Model folder or hub name, for exporters that need its tokenizer."""
+    max_pixels: int = 100_000_000
+    """Refuse to decode larger pictures (decompression bombs)."""
+    follow_links: bool = False
+    """Allow symbolic links in the image folder to lead out of it."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.to.strip()), "--to names no trainer; `visgain list` shows them")
+
+
     """Grade with MODEL@URL, an OpenAI-compatible endpoint (its key in OPENAI_API_KEY), or with recorded reviews."""
     judge_prompt: Path | None = None
     """The official wording of the judge's question in place of ours."""
