@@ -16,6 +16,7 @@ from visgain.data import open_dataset, reading
 from visgain.errors import ConfigError, DataError
 from visgain.storage import claim_run, file_hash, read_json, storage_errors, write_json
 from visgain.training.arguments import training_arguments
+from visgain.training.checkpoint import last_checkpoint
 from visgain.training.collate import Collator, Rows, open_rows
 from visgain.training.logs import JsonlLog, QuietProgress
 from visgain.training.prepare import prepare_model
@@ -70,7 +71,7 @@ def run_train(config: TrainConfig) -> TrainSummary:
         return TrainSummary(**read_json(config.out / SUMMARY, "training"))
     model = prepare_model(vlm, recipe)
     trainer = build_trainer(model, vlm, rows, recipe, config)
-    result = trainer.train(resume_from_checkpoint=_last_checkpoint(config.out) if resumed else None)
+    result = trainer.resume(last_checkpoint(config.out) if resumed else None)
     if trainer.is_world_process_zero():
         _save(trainer.model, vlm, config.out)
     summary = TrainSummary(
@@ -110,12 +111,6 @@ def _save(model: Any, vlm: VLM, out: Path) -> None:
     with storage_errors(out):
         model.save_pretrained(out)
         vlm.processor.save_pretrained(out)
-
-
-def _last_checkpoint(out: Path) -> str | None:
-    """The newest checkpoint that was written completely (Trainer writes its state last)."""
-    complete = [path for path in out.glob("checkpoints/checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
 def _scored_identity(config: TrainConfig) -> dict[str, Any]:
