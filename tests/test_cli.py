@@ -31,7 +31,7 @@ SURFACE = {
         "--no-trust-remote-code --out --part-rows --per-image --projector --seed --template --trust-remote-code "
         "--way --workers"
     ),
-    "select": "--by --end-of-turn --keep --keep-tokens --out --scores --seed --skipped --table",
+    "select": "--by --end-of-turn --keep --keep-tokens --out --scores --seed --skipped --table --weights",
     "train": (
         "--batch-size --columns --data --device --dtype --epochs --follow-links --format --image-root "
         "--learning-rate --lora-rank --loss-reduction --max-length --max-pixels --max-steps --micro-batch --model "

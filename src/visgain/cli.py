@@ -205,7 +205,7 @@ def world(config: Annotated[WorldConfig, FLAT]) -> None:
 
 @app.command(name="list")
 def list_names() -> None:
-    """List what options take by name: benchmarks, counterfactuals, data formats, decodings, recipes, templates."""
+    """List what options take by name: benchmarks, counterfactuals, data formats, decodings, recipes, weightings."""
     from visgain.counterfactuals import COUNTERFACTUALS
     from visgain.data import FORMATS
     from visgain.data.records import LAYOUTS
@@ -229,6 +229,7 @@ def list_names() -> None:
     from visgain.export import EXPORTERS
 
 
+    from visgain.weights import WEIGHTINGS
 @app.command
 def env() -> None:
     """Print versions and devices, for a bug report."""
@@ -240,6 +241,7 @@ def env() -> None:
         ("exporters", EXPORTERS.names()),
         try:
             print(f"{package} {version(package)}")
+        ("weightings", WEIGHTINGS.names()),
         except PackageNotFoundError:
             print(f"{package} not installed")
     import torch

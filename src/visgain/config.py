@@ -131,6 +131,8 @@ class SelectConfig:
     [default: a column of the scores]."""
     end_of_turn: Literal["select", "keep", "drop"] = "select"
     """Treat end-of-turn tokens like any other, or always keep or always drop them."""
+    weights: str = "hard"
+    """How much kept tokens weigh: hard (1 each), or clamp:low=1,high=5,window=3 (the gain clamped, then averaged)."""
     skipped: Literal["drop", "error"] = "drop"
     """Rows that could not be scored: leave them out and report them, or refuse."""
     seed: int = 0

@@ -7,16 +7,21 @@ nothing in the files that are written.
 Only scored multimodal rows are ranked. Text-only rows are kept whole by every rule, save end-of-turn tokens (those of
 zero width in the answer) under `--end-of-turn drop`; rows that were skipped when scoring are left out and counted. A
 row without any active token is left out and counted (`rows_emptied`).
+
+Soft weights (weights.py) say how much the loss of a kept token counts: another column of the selection, 0 where a token
+is not kept. They change nothing else, and without them there is no such column.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -34,6 +39,7 @@ from visgain.scramble import random_key, scrambled
 from visgain.spill import Spill, window
 from visgain.storage import (
     SELECTION_SCHEMA,
+    SOFT_SELECTION_SCHEMA,
     flat_values,
     list_column,
     list_lengths,
@@ -41,6 +47,7 @@ from visgain.storage import (
     scan_scores,
     write_selection,
 )
+from visgain.weights import UNIT, Hard, Weighting, exact_sums, parse_weights
 
 _REASONS_LISTED = 20
 
@@ -48,9 +55,12 @@ _REASONS_LISTED = 20
 def run_select(config: SelectConfig) -> dict[str, Any]:
     """Decide, write selection.parquet and selection.json to `config.out`, and return what went to selection.json.
 
-    Raises ConfigError for an option that does not fit, DataError if there is nothing to rank or a `column:NAME` cannot
-    be used, StorageError if the scores are missing, damaged or unfinished, or the selection cannot be written.
+    Raises ConfigError or UnknownName for an option that does not fit, DataError if there is nothing to rank or a
+    `column:NAME` cannot be used, StorageError if the scores are missing, damaged or unfinished, or the selection cannot
+    be written.
     """
+    weighting = parse_weights(config.weights)
+    schema = SELECTION_SCHEMA if isinstance(weighting, Hard) else SOFT_SELECTION_SCHEMA
     with ExitStack() as stack:
 
         def spill(schema: pa.Schema) -> Spill:
@@ -58,15 +68,15 @@ def run_select(config: SelectConfig) -> dict[str, Any]:
 
         scores = _Scores(config, _survey(config, spill(_RANKED)))
         rule = find_rule(scores, config)
-        tally, kept = _Tally(skipped=spill(_SKIPPED)), spill(SELECTION_SCHEMA)
-        for decided in _decisions(scores, rule):
+        tally, kept = _Tally(skipped=spill(_SKIPPED)), spill(schema)
+        for decided in _decisions(scores, rule, weighting):
             tally.add(decided)
-            kept.add(_selection_table(decided), window(decided.row[decided.kept]))
-        record = _record(config, rule, tally)
+            kept.add(_selection_table(decided, schema), window(decided.row[decided.kept]))
+        record = _record(config, rule, weighting, tally)
         with tqdm(
             total=record["totals"]["rows_kept"], desc="writing", unit="row", delay=2, mininterval=0.5
         ) as progress:
-            write_selection(config.out, _counted(kept.in_row_order(), progress), record)
+            write_selection(config.out, _counted(kept.in_row_order(), progress), record, schema)
     return record
 
 
@@ -192,7 +202,7 @@ class _Scores:
 
 def _batch(table: pa.Table) -> _Batch:
     multimodal = _multimodal(table)
-    lists = [name for name in ("token_id", "char_start", "char_end") if name in table.column_names]
+    lists = [name for name in ("token_id", "char_start", "char_end", "turn") if name in table.column_names]
     # Without any of these only the tokens of multimodal rows are known, and nobody asks for others.
     length = list_lengths(table.column(lists[0] if lists else "nll_seen"))
     _check_lists(table, multimodal, lists, length)
@@ -249,22 +259,36 @@ class _Decided(_Batch):
     chosen: Bool[np.ndarray, " N"]  # rows that the rule takes, text-only ones included
     active: Bool[np.ndarray, " A"]
     n_active: Int64[np.ndarray, " N"]
+    weight: Float32[np.ndarray, " A"] | None  # 0 where not active; None: 1 where active
 
     @property
     def kept(self) -> Bool[np.ndarray, " N"]:
         return np.asarray(self.n_active > 0)
 
 
-def _decisions(scores: _Scores, rule: Rule) -> Iterator[_Decided]:
+def _decisions(scores: _Scores, rule: Rule, weighting: Weighting) -> Iterator[_Decided]:
     """Every row of the scores, decided. Raises StorageError if a row comes twice."""
     seen = RowSet(scores.survey.n_rows)
-    for batch in scores.batches("selecting", ["id", "fingerprint", "source", "token_id"]):
+    soft = not isinstance(weighting, Hard)
+    for batch in scores.batches("selecting", ["id", "fingerprint", "source", "token_id", *["turn"] * soft]):
         twice = seen.add(batch.row)
         _forbid(twice, np.ones(len(twice), bool), "occurs more than once")
-        yield _decided(batch, rule.decide(scores.pool(batch)), scores.config.end_of_turn)
+        weight = _weights(batch, weighting) if soft else None
+        yield _decided(batch, rule.decide(scores.pool(batch)), scores.config.end_of_turn, weight)
 
 
-def _decided(batch: _Batch, choice: Choice, end_of_turn: str) -> _Decided:
+def _weights(batch: _Batch, weighting: Weighting) -> Float32[np.ndarray, " A"]:
+    """What each answer token weighs before the rule has its say: 1 in rows without a picture, which have no gain."""
+    inside = np.repeat(batch.multimodal, batch.length)
+    turn = flat_values(batch.table.column("turn")).astype(np.int64)
+    # Tokens of another row or turn are of another answer: 2**32 is more than a turn's number.
+    answer = (np.repeat(np.arange(len(batch.length)), batch.length) << 32) + turn
+    weight = np.ones(len(inside), np.float32)
+    weight[inside] = weighting(batch.token_gain, answer[inside])
+    return weight
+
+
+def _decided(batch: _Batch, choice: Choice, end_of_turn: str, weight: Float32[np.ndarray, " A"] | None) -> _Decided:
     """The choice for multimodal rows, all tokens of text-only ones, none of skipped ones."""
     chosen = batch.text_only.copy()
     chosen[batch.multimodal] = choice.chosen
@@ -273,16 +297,17 @@ def _decided(batch: _Batch, choice: Choice, end_of_turn: str) -> _Decided:
         active &= ~batch.end_of_turn
     active[np.repeat(batch.multimodal, batch.length)] = choice.active
     n_active = sum_by_row(active, batch.length)
-    return _Decided(**vars(batch), chosen=chosen, active=active, n_active=n_active)
+    weight = None if weight is None else np.where(active, weight, np.float32(0))
+    return _Decided(**vars(batch), chosen=chosen, active=active, n_active=n_active, weight=weight)
 
 
-def _selection_table(decided: _Decided) -> pa.Table:
-    """The kept rows in SELECTION_SCHEMA."""
+def _selection_table(decided: _Decided, schema: pa.Schema) -> pa.Table:
+    """The kept rows in `schema`, which has a column of weights if there are any."""
     inside, length = np.repeat(decided.kept, decided.length), decided.length[decided.kept]
     rows = decided.table.select(["row", "id", "fingerprint"]).filter(pa.array(decided.kept))
     token_id = flat_values(decided.table.column("token_id"))
-    lists = [list_column(values[inside], length) for values in (token_id, decided.active)]
-    return pa.table([*rows.columns, *lists], schema=SELECTION_SCHEMA)
+    values = [token_id, decided.active, *([] if decided.weight is None else [decided.weight])]
+    return pa.table([*rows.columns, *(list_column(each[inside], length) for each in values)], schema=schema)
 
 
 # ---------------------------------------------------------------- what is counted
@@ -300,6 +325,7 @@ class _Tally:
         self._by_source: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(_COUNTS), np.int64))
         self._skipped = skipped  # under keys that depend on the reason alone
         self._checksum = 0
+        self._weights: defaultdict[str, int] = defaultdict(int)  # by source, in units of 2**-UNIT
         self.multimodal_active = 0  # active tokens of the rows that the rule decided about
 
     def add(self, decided: _Decided) -> None:
@@ -307,6 +333,8 @@ class _Tally:
         self._checksum = (self._checksum + _checksum(decided)) % (1 << 64)
         for source, counts in _counts_by_source(decided):
             self._by_source[source] += counts
+        for source, weight in _weight_by_source(decided):
+            self._weights[source] += weight
         skipped = decided.table.select(_SKIPPED.names).filter(decided.table.column("skip_reason").is_valid())
         keys = [zlib.crc32(reason.encode()) % 256 for reason in skipped.column("skip_reason").to_pylist()]
         self._skipped.add(skipped, np.array(keys, np.int64))
@@ -315,11 +343,19 @@ class _Tally:
         """Hash of the measurement itself, whatever its order and the number of parts that it lies in."""
         return f"sum64:{self._checksum:016x}"
 
-    def by_source(self) -> dict[str, dict[str, int]]:
+    def by_source(self) -> dict[str, dict[str, Any]]:
         """Each source, sorted by name, with its counts. Tokens of skipped rows are unknown: 0."""
         return {
-            name: dict(zip(_COUNTS, self._by_source[name].tolist(), strict=True)) for name in sorted(self._by_source)
+            name: {**dict(zip(_COUNTS, self._by_source[name].tolist(), strict=True)), **self.weight(name)}
+            for name in sorted(self._by_source)
         }
+
+    def weight(self, source: str | None = None) -> dict[str, float]:
+        """The sum of the weights of a source's tokens or of all, as another count; none where weights are not soft."""
+        if not self._weights:
+            return {}
+        total = sum(self._weights.values()) if source is None else self._weights[source]
+        return {"weight": float(Fraction(total, 1 << UNIT))}
 
     def skipped_reasons(self) -> dict[str, int]:
         """How often each reason occurs, most frequent first; rare ones are one entry (skipped.jsonl has them all)."""
@@ -355,6 +391,17 @@ def _counts_by_source(decided: _Decided) -> Iterator[tuple[str, np.ndarray]]:
     return zip(encoded.dictionary.to_pylist(), counts, strict=True)
 
 
+def _weight_by_source(decided: _Decided) -> Iterator[tuple[str, int]]:
+    """Each source with the sum of its tokens' weights in units of 2**-UNIT, where weights are soft."""
+    if decided.weight is None:
+        return
+    encoded = pc.dictionary_encode(decided.table.column("source").combine_chunks())
+    source = np.repeat(encoded.indices.to_numpy().astype(np.int64), decided.length)
+    sums = exact_sums(decided.weight, source)
+    for number, name in enumerate(encoded.dictionary.to_pylist()):
+        yield name, sums.get(number, 0)
+
+
 def _checksum(batch: _Batch) -> int:
     """Sum over the rows of a hash of row, fingerprint, gain and token NLLs: rows may be added up in any order.
 
@@ -373,10 +420,11 @@ def _checksum(batch: _Batch) -> int:
     return int(scrambled(hashed + sum_by_row(tokens, length, np.uint64), key).sum(dtype=np.uint64))
 
 
-def _record(config: SelectConfig, rule: Rule, tally: _Tally) -> dict[str, Any]:
+def _record(config: SelectConfig, rule: Rule, weighting: Weighting, tally: _Tally) -> dict[str, Any]:
     """What selection.json holds: plain JSON values, null where a rule has no such number."""
     by_source = tally.by_source()
     totals = {key: sum(counts[key] for counts in by_source.values()) for key in _COUNTS}
+    totals |= tally.weight()
     wanted = rule.tokens_wanted
     return {
         "rule": config.by,
@@ -387,6 +435,7 @@ def _record(config: SelectConfig, rule: Rule, tally: _Tally) -> dict[str, Any]:
         "column_tau": _number(rule.column_tau),
         "table": None if config.table is None else str(config.table),
         "end_of_turn": config.end_of_turn,
+        "weights": weighting.spec,
         "seed": config.seed,
         "quantile": QUANTILE,
         "scores_hash": tally.checksum(),
@@ -412,6 +461,7 @@ def selection_report(record: Mapping[str, Any]) -> str:
     Sources are lines of an aligned table; a source of skipped rows alone has no tokens, hence no percentage.
     """
     heads = ["source", "rows", "kept", "%", "tokens", "active", "%"]
+    heads += ["weight"] * ("weight" in record["totals"])
     lines = [_report_cells(name or "(none)", counts) for name, counts in record["by_source"].items()]
     table = [heads, *lines, _report_cells("total", record["totals"])]
     widths = [max(len(cells[i]) for cells in table) for i in range(len(heads))]
@@ -422,10 +472,12 @@ def selection_report(record: Mapping[str, Any]) -> str:
     return "\n".join([*text, "", *_report_notes(record)])
 
 
-def _report_cells(name: str, counts: Mapping[str, int]) -> list[str]:
+def _report_cells(name: str, counts: Mapping[str, Any]) -> list[str]:
     pairs = [(counts["rows_total"], counts["rows_kept"]), (counts["tokens_total"], counts["active_tokens"])]
     cells = [[f"{total:,}", f"{part:,}", f"{100 * part / total:.1f}" if total else "-"] for total, part in pairs]
-    return [name, *cells[0], *cells[1]]
+    if "weight" in counts:  # of an active token, on average
+        cells.append([f"{counts['weight'] / counts['active_tokens']:.3f}" if counts["active_tokens"] else "-"])
+    return [name, *itertools.chain.from_iterable(cells)]
 
 
 def _report_notes(record: Mapping[str, Any]) -> Iterator[str]:
@@ -435,6 +487,8 @@ def _report_notes(record: Mapping[str, Any]) -> Iterator[str]:
         keep += f", {record['keep_tokens_percent']:g}% of tokens"
     yield f"rule {record['rule']}, {keep}: {_report_taus(record)}"
     yield f"{record['percent_saved']:.1f}% of the answer tokens saved"
+    if "weight" in totals:
+        yield f"weights {record['weights']}; the column is what an active token weighs on average"
     if totals["text_only"]:
         yield f"{totals['text_only']:,} text-only rows kept whole"
     if totals["rows_emptied"]:

@@ -70,6 +70,14 @@ SELECTION_SCHEMA = pa.schema(
 )
 """One row for every kept row of the dataset. The k-th supervised label must be token_id[k]; it is active if keep[k]."""
 
+SOFT_SELECTION_SCHEMA = pa.schema(
+    [
+        *SELECTION_SCHEMA,
+        pa.field("weight", pa.list_(pa.float32()), nullable=False),  # of each token's loss: above 0 if keep[k], else 0
+    ]
+)
+"""The same of a selection with soft weights. Without them every kept token weighs 1."""
+
 _CHUNK_ROWS = 1 << 13
 """Rows in one chunk of a list column that we build, and in one batch that is read: bounds the memory of either."""
 
@@ -398,30 +406,44 @@ def list_column(values: np.ndarray, lengths: np.ndarray) -> pa.ChunkedArray:
 # ---------------------------------------------------------------- selections
 
 
-def write_selection(folder: Path, tables: Iterable[pa.Table], record: Mapping[str, Any]) -> None:
+def write_selection(
+    folder: Path, tables: Iterable[pa.Table], record: Mapping[str, Any], schema: pa.Schema = SELECTION_SCHEMA
+) -> None:
     """Write selection.parquet and, last, selection.json: without it there is no selection.
 
-    `tables`: the kept rows in SELECTION_SCHEMA, in row order over all tables; each is a row group of the file.
+    `tables`: the kept rows in `schema` (SELECTION_SCHEMA or SOFT_SELECTION_SCHEMA), in row order over all tables; each
+    is a row group of the file.
     """
     with atomic_path(folder / "selection.parquet") as temporary:
-        with pq.ParquetWriter(temporary, SELECTION_SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for table in tables:
-                writer.write_table(table.cast(SELECTION_SCHEMA))
+                writer.write_table(table.cast(schema))
         (folder / "selection.json").unlink(missing_ok=True)  # else an old record could describe a new table
     write_json(folder / "selection.json", record)
 
 
 def read_selection_table(folder: Path) -> pa.Table:
-    """The kept rows with token ids and keep masks, in SELECTION_SCHEMA, in memory; `scan_selection` is for more."""
-    tables = list(scan_selection(folder, SELECTION_SCHEMA.names))
-    return pa.concat_tables([SELECTION_SCHEMA.empty_table(), *tables])
+    """The kept rows with token ids, keep masks and, where there are any, weights, in memory; else `scan_selection`.
+
+    In SOFT_SELECTION_SCHEMA if the selection has weights, else in SELECTION_SCHEMA.
+    """
+    schema = selection_schema(folder)
+    return pa.concat_tables([schema.empty_table(), *scan_selection(folder, schema.names)])
+
+
+def selection_schema(folder: Path) -> pa.Schema:
+    """SOFT_SELECTION_SCHEMA or SELECTION_SCHEMA. Raises StorageError if there is no selection or it is damaged."""
+    read_json(folder / "selection.json", "selection")
+    path = folder / "selection.parquet"
+    with selection_errors(path):
+        return SOFT_SELECTION_SCHEMA if "weight" in pq.read_schema(path).names else SELECTION_SCHEMA
 
 
 def scan_selection(folder: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
     """The kept rows, some thousand at a time. Raises StorageError if there is no selection or it is damaged."""
     read_json(folder / "selection.json", "selection")
     path = folder / "selection.parquet"
-    schema = pa.schema([SELECTION_SCHEMA.field(name) for name in columns])
+    schema = pa.schema([SOFT_SELECTION_SCHEMA.field(name) for name in columns])
     with selection_errors(path), pq.ParquetFile(path) as file:
         for index in range(file.num_row_groups):  # one at a time: the reader keeps what it read of all it was asked for
             for batch in file.iter_batches(_CHUNK_ROWS, row_groups=[index], columns=schema.names):
