@@ -32,6 +32,10 @@ SURFACE = {
         "--way --workers"
     ),
     "select": "--by --end-of-turn --keep --keep-tokens --out --scores --seed --skipped --table --weights",
+    "assemble": (
+        "--dtype --image-size --language --out --pictures --seed --template --vision --vision-feature-layer "
+        "--vision-feature-select"
+    ),
     "train": (
         "--batch-size --columns --data --device --dtype --epochs --follow-links --format --image-root "
         "--learning-rate --lora-rank --loss-reduction --max-length --max-pixels --max-steps --micro-batch --model "

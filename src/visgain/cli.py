@@ -17,6 +17,7 @@ from cyclopts import App, Parameter, Token, convert
 import visgain
 from visgain.config import (
     AnalyzeConfig,
+    AssembleConfig,
     CheckConfig,
     DemoConfig,
     EvalConfig,
@@ -108,6 +109,19 @@ def select(config: Annotated[SelectConfig, FLAT]) -> None:
 
     print(selection_report(run_select(config)))
     print(f"selection: {config.out}")
+
+
+@app.command
+def assemble(config: Annotated[AssembleConfig, FLAT]) -> None:
+    """Join a vision tower and a language model to a LLaVA, whose projector is to be trained."""
+    _quiet()
+    from visgain.training.assemble import run_assemble
+
+    done = run_assemble(config)
+    parts = ", ".join(f"{name} {count:,}" for name, count in done.parameters.items())
+    print(f"{parts} parameters in {done.dtype}; {done.image_tokens} tokens for a picture of {done.image_size} pixels")
+    print(f"chat template: {done.template}")
+    print(f"model: {config.out}")
 
 
 @app.command
@@ -289,6 +303,7 @@ def _option_names(verb: str) -> list[str]:
 
     configs: dict[str, Any] = {
         "demo": DemoConfig,
+        "assemble": AssembleConfig,
         "check": CheckConfig,
         "score": ScoreConfig,
         "select": SelectConfig,

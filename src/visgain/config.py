@@ -161,6 +161,38 @@ class SelectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AssembleConfig:
+    """Which parts to join to a vision-language model, and how it looks at pictures."""
+
+    vision: str
+    """Folder or hub name of a vision tower, of a whole CLIP or SigLIP, or of a vision-language model that has one."""
+    language: str
+    """Folder or hub name of a causal language model, or of a vision-language model that has one."""
+    out: Path
+    """Folder for the model, which must not exist."""
+    vision_feature_layer: int = -2
+    """Hidden state of the tower that is looked at, -1 being the last; LLaVA takes the one before."""
+    vision_feature_select: Literal["auto", "default", "full"] = "auto"
+    """default leaves the class token out, full keeps all; auto leaves it out where there is one."""
+    image_size: int | None = None
+    """Side of the square that pictures become, in pixels; positions are stretched to it [default: the tower's]."""
+    pictures: Literal["pad", "crop", "squash"] = "pad"
+    """How a picture becomes a square: padded as in LLaVA's tuning, its centre, or out of shape as Open-Qwen2VL's."""
+    template: Literal["auto", "llava-1.5"] = "auto"
+    """Chat template: auto takes the language model's own, and LLaVA-1.5's where it has none."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the saved weights; auto is that of the parts, and where they differ one that holds both."""
+    seed: int = 0
+    """Seed of the projector's random weights."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size is None or self.image_size >= 1, f"--image-size is {self.image_size}; it must be positive"
+        )
+        _require(self.seed >= 0, f"--seed is {self.seed}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What to train, on what, and how. Values left out come from the recipe."""
 

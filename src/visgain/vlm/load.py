@@ -128,7 +128,7 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def _source(name: str) -> str:
+def model_source(name: str) -> str:
     """`name` as from_pretrained takes it, and known to be there.
 
     The hub is asked for one small file, so that a wrong name or a missing network is told soon and in one line.
@@ -193,13 +193,13 @@ def no_videos() -> Iterator[None]:
 
 def load_processor(name: str, *, trust_remote_code: bool = False) -> ProcessorMixin:
     """The processor of model `name`, with PIL image processing so that pictures are prepared alike on every machine."""
-    source = _source(name)
+    source = model_source(name)
     mend_pixtral()
     try:
         with no_videos():
             processor = AutoProcessor.from_pretrained(source, backend="pil", trust_remote_code=trust_remote_code)
     except LOADING as error:
-        raise ModelError(f"cannot load the processor of {name}: {_reason(error)}") from error
+        raise ModelError(f"cannot load the processor of {name}: {loading_reason(error)}") from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{name} has no image processor with a tokenizer; is it a vision-language model?")
     if not getattr(processor.tokenizer, "is_fast", False):
@@ -209,7 +209,7 @@ def load_processor(name: str, *, trust_remote_code: bool = False) -> ProcessorMi
 
 def load_vlm(name: str, *, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False) -> VLM:
     """Model and processor, on `device`, in eval mode. Raises ModelError with one line if that is impossible."""
-    source = _source(name)
+    source = model_source(name)
     auto = _auto_class(source, name, trust_remote_code)
     processor = load_processor(name, trust_remote_code=trust_remote_code)
     try:
@@ -221,7 +221,7 @@ def load_vlm(name: str, *, dtype: str = "float32", device: str = "auto", trust_r
             output_loading_info=True,
         )
     except LOADING as error:
-        raise ModelError(f"cannot load model {name}: {_reason(error)}") from error
+        raise ModelError(f"cannot load model {name}: {loading_reason(error)}") from error
     _check_complete(model, set(loaded["missing_keys"]), name)
     return VLM(name=name, model=model.to(pick_device(device)).eval(), processor=processor)
 
@@ -234,7 +234,7 @@ def _auto_class(source: str, name: str, trust_remote_code: bool) -> Any:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except LOADING as error:
-        raise ModelError(f"cannot load the configuration of {name}: {_reason(error)}") from error
+        raise ModelError(f"cannot load the configuration of {name}: {loading_reason(error)}") from error
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, config.get_text_config(decoder=True))):
         raise ModelError(f"{name} is an encoder-decoder model ({config.model_type}); visgain scores decoders alone")
     if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
@@ -290,7 +290,7 @@ def model_name(name: str) -> str:
     return str(path.resolve()) if name != "embedded" and path.is_dir() else name
 
 
-def _reason(error: BaseException) -> str:
+def loading_reason(error: BaseException) -> str:
     """Why loading failed, with what to do where the words of transformers do not say it for this tool."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:

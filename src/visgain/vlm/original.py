@@ -89,7 +89,7 @@ def convert(checkpoint: Path, out: Path, vision: str | None = None) -> Path:
             f"{checkpoint} holds no language model; a projector alone goes into an assembled one: --projector"
         )
     model = _filled(whole, _completed(tensors, len(tokenizer), tokenizer.unk_token_id), checkpoint)
-    _save(model, _processor(whole, tokenizer), out)
+    save_whole(model, _processor(whole, tokenizer), out)
     return out
 
 
@@ -244,7 +244,7 @@ def _processor(config: LlavaConfig, tokenizer: Any) -> LlavaProcessor:
     )
 
 
-def _save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+def save_whole(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
     """Write beside `out` and rename: a folder that exists is complete."""
     with storage_errors(out):
         part = out.with_name(f".{out.name}.part")

@@ -95,6 +95,24 @@ LLAVA_1_5 = Profile(
 )
 """The tuning stage of LLaVA-1.5, template "v1". Nothing is written, and nothing supervised, for an empty answer."""
 
+LLAVA_1_5_CHAT = (
+    "{{ bos_token if bos_token else '' }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}"
+    "{% else %}" + LLAVA_1_5.system + "{% endif %}"
+    "{% for message in messages if message['role'] != 'system' %}{% if message['role'] == 'user' %}{{ 'USER: ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ ' ASSISTANT:' }}{% else %}{% generation %}{{ ' ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+"""The same as a chat template, for tools that know no profiles; it marks what is generated."""
+
+CHAT_FORMS = {LLAVA_1_5_CHAT: LLAVA_1_5.name}
+"""Chat templates that stand for a profile: `auto` takes the profile, which is exact where a chat template cannot be."""
+
 LLAVA_1_5_ALIGN = Profile(
     name="llava-1.5-align",
     system="",

@@ -9,14 +9,15 @@ from visgain.vlm.encode import ChatEncoder, Encoder
 from visgain.vlm.families import REPAIRS
 from visgain.vlm.frozen import FrozenEncoder
 from visgain.vlm.load import VLM
-from visgain.vlm.profiles import CHAT_LENGTH, Profile, find_profile
+from visgain.vlm.profiles import CHAT_FORMS, CHAT_LENGTH, Profile, find_profile
 
 
 def make_encoder(vlm: VLM, template: str = "auto", max_length: int | None = None) -> Encoder:
     """The encoder called `template` for `vlm`, with the template's own length unless `max_length` says another.
 
-    `auto` takes the processor's chat template if that supervises the end of each turn, else the profile of the model's
-    family, else the chat template as it is, else the processor's own way to write a question. Raises ModelError if none
+    `auto` takes the processor's chat template if that supervises the end of each turn (a profile that it stands for in
+    its place), else the profile of the model's family, else the chat template as it is, else the processor's own way to
+    write a question. Raises ModelError if none
     can locate the answers or if the profile is not for such a model, UnknownName if there is no such template.
     """
     profile = find_profile(template)
@@ -25,6 +26,8 @@ def make_encoder(vlm: VLM, template: str = "auto", max_length: int | None = None
     repair = REPAIRS.get(vlm.model.config.model_type) if template == "auto" else None
     if repair is not None and not vlm.processor.chat_template:
         return make_encoder(vlm, repair, max_length)
+    if template == "auto" and vlm.processor.chat_template in CHAT_FORMS:
+        return make_encoder(vlm, CHAT_FORMS[vlm.processor.chat_template], max_length)
     chat = ChatTemplate.of(vlm.processor, vlm.image_token_id)
     options = {
         "processor": vlm.processor,
