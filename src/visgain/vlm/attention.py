@@ -155,7 +155,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "B T H E"], None]:
-    """Attention of one layer over the active pack, in transformers' calling convention. Dropout is not applied.
+    """Attention of one layer over the active pack, in transformers' calling convention.
 
     Raises NotImplementedError for what it cannot express; whoever tries packs falls back to another way.
     """
@@ -170,7 +170,7 @@ def packed_attention(
         if options.get(name) is not None:
             raise NotImplementedError(f"attention with {name} in a pack")
     trimmed = module is layout.last_attention
-    result = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+    parts = []
     for number, segment in enumerate(layout.segments):
         rows = layout.rows(number) if trimmed else None
         if rows is not None and len(rows) == 0:
@@ -186,13 +186,17 @@ def packed_attention(
             along(key, way, dim=2),
             along(value, way, dim=2),
             None if mask is None else mask[None, None],
+            dropout=options.get("dropout", 0.0),
             scaling=scaling,
             is_causal=True,
         )
-        if rows is None:
-            result[:, own] = attended[:, own.start - own.stop :]
-        else:
-            result[:, segment.start + rows] = attended
+        parts.append(attended if rows is not None else attended[:, own.start - own.stop :])
+    # Put together once, not written segment by segment: in training each such write would copy the whole gradient.
+    if not trimmed:
+        return torch.cat(parts, dim=1), None
+    result = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+    if parts:
+        result[:, layout.wanted] = torch.cat(parts, dim=1)
     return result, None
 
 

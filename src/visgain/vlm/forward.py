@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from visgain.vlm.attention import Layout, packed
@@ -31,22 +32,34 @@ def pack_nll(model: PreTrainedModel, pack: Pack) -> list[Float32[np.ndarray, " A
     return np.split(nll, np.cumsum(pack.counts)[:-1])
 
 
-def states_nll(model: PreTrainedModel, output: Any, targets: Int64[Tensor, " N"]) -> Float32[Tensor, " N"]:
+def states_nll(
+    model: PreTrainedModel,
+    output: Any,
+    targets: Int64[Tensor, " N"],
+    forward: Callable[..., Any] | None = None,
+) -> Float32[Tensor, " N"]:
     """NLL of `targets` from the final states in `output.last_hidden_state` [1, N, D], a chunk of logits at a time.
 
     Everything that the model does after its body (soft-capping, scaling) is done by its own forward, whose body is made
-    to return a chunk of the states that are there already.
+    to return a chunk of the states that are there already. `forward`: what to call in place of the model. Where
+    gradients are wanted, the backward pass computes each chunk's logits once more, but for the last chunk's, which are
+    the first that it needs.
     """
-    states = output.last_hidden_state
+    states, run = output.last_hidden_state, forward or model
     head = output_head(model)
-    rows = max(1, CHUNK_LOGITS // model.config.get_text_config(decoder=True).vocab_size)
-    chunks = []
-    for start in range(0, len(targets), rows):
-        output.last_hidden_state = states[:, start : start + rows]
+
+    def chunk_nll(some: Float[Tensor, "1 n D"], wanted: Int64[Tensor, " n"]) -> Float32[Tensor, " n"]:
+        output.last_hidden_state = some
         with replaced_forward(model.base_model, lambda *args, **kwargs: output), float32_head(head):
-            logits = model(input_ids=targets[None, start : start + rows], use_cache=False, return_dict=True).logits
-        chunks.append(token_nll(logits[0].float(), targets[start : start + rows]))
-    return torch.cat(chunks)
+            logits = run(input_ids=wanted[None], use_cache=False, return_dict=True).logits
+        return token_nll(logits[0].float(), wanted)
+
+    rows = max(1, CHUNK_LOGITS // model.config.get_text_config(decoder=True).vocab_size)
+    chunks = [(states[:, k : k + rows], targets[k : k + rows]) for k in range(0, len(targets), rows)]
+    if not torch.is_grad_enabled():
+        return torch.cat([chunk_nll(*chunk) for chunk in chunks])
+    again = [checkpoint(chunk_nll, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks[:-1]]
+    return torch.cat([*again, chunk_nll(*chunks[-1])])
 
 
 @contextmanager

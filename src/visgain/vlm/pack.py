@@ -75,6 +75,24 @@ def branches(rows: Sequence[Encoded], image_token_id: int) -> list[Branch]:
 def pack(model: PreTrainedModel, packed: Sequence[Branch], image_token_id: int, *, mutual: bool = False) -> Pack:
     """One sequence for all of `packed`, on the model's device. `mutual`: see Layout."""
     pieces = list(_pieces(packed, image_token_id))
+    return _pack(model, pieces, [branch.rows for branch in packed], image_token_id, mutual=mutual)
+
+
+def pack_apart(model: PreTrainedModel, rows: Sequence[Encoded], image_token_id: int, *, mutual: bool = False) -> Pack:
+    """The same with nothing shared: each of `rows` is a segment of its own, with pictures of its own."""
+    pieces = [_Piece(row=row, span=slice(0, len(row.input_ids)), parent=None) for row in rows]
+    return _pack(model, pieces, [[row] for row in rows], image_token_id, mutual=mutual)
+
+
+def _pack(
+    model: PreTrainedModel,
+    pieces: Sequence[_Piece],
+    branched: Sequence[Sequence[Encoded]],
+    image_token_id: int,
+    *,
+    mutual: bool,
+) -> Pack:
+    """`branched`: the conversations, those that share pictures together."""
     ids = np.concatenate([piece.row.input_ids[piece.span] for piece in pieces])
     targets = np.flatnonzero(np.concatenate([piece.row.is_answer[piece.span] for piece in pieces]))
     stops = np.cumsum([piece.size for piece in pieces]).tolist()
@@ -89,17 +107,28 @@ def pack(model: PreTrainedModel, packed: Sequence[Branch], image_token_id: int, 
         mutual=mutual,
         last_attention=last_attention(model),
     )
-    per_token = [piece.inputs(model) for piece in pieces]
-    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids)[None]}
-    for name in per_token[0]:
-        inputs[name] = torch.cat([tensors[name] for tensors in per_token], dim=-1 if name == "position_ids" else 1)
-    inputs |= concatenated([branch.rows[0].model_inputs for branch in packed])
+    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids)[None]} | _side_by_side(model, pieces)
+    inputs |= concatenated([rows[0].model_inputs for rows in branched])
     return Pack(
         inputs={name: placed(value, model) for name, value in inputs.items()},
         layout=layout,
         targets=torch.from_numpy(ids[targets]).to(model.device),
-        counts=[len(row.turn) for branch in packed for row in branch.rows],
+        counts=[len(row.turn) for rows in branched for row in rows],
     )
+
+
+def _side_by_side(model: PreTrainedModel, pieces: Sequence[_Piece]) -> dict[str, Tensor]:
+    """Positions and the inputs of a value a token. A row that has no such input, without pictures, has zeros."""
+    known = [piece.inputs(model) for piece in pieces]
+    shapes = {name: value for inputs in known for name, value in inputs.items()}
+    result = {}
+    for name, like in shapes.items():
+        values = [
+            inputs.get(name, like.new_zeros(1, piece.size, *like.shape[2:]))
+            for inputs, piece in zip(known, pieces, strict=True)
+        ]
+        result[name] = torch.cat(values, dim=-1 if name == "position_ids" else 1)
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
