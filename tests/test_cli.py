@@ -42,14 +42,14 @@ SURFACE = {
         "--no-follow-links --no-trust-remote-code --out --parts --projector --recipe --report-to --save-steps --seed "
         "--selection --template --trust-remote-code"
     ),
-    "eval": (
-        "--answers --batch-size --benchmarks --data --decoding --device --dtype --export --force --image-root --judge "
-        "--judge-concurrency --judge-per-minute --judge-price --judge-prompt --judge-runs --limit --max-length "
-        "--max-new-tokens --model --no-force --no-trust-remote-code --out --seed --stages --template "
     "export": (
         "--columns --data --follow-links --format --image-root --max-pixels --model --no-follow-links --out --scores "
         "--selection --to"
     ),
+    "eval": (
+        "--answers --batch-size --benchmarks --data --decoding --device --dtype --export --force --image-root --judge "
+        "--judge-concurrency --judge-per-minute --judge-price --judge-prompt --judge-runs --limit --max-length "
+        "--max-new-tokens --model --no-force --no-trust-remote-code --out --seed --stages --template "
         "--trust-remote-code --variant"
     ),
     "analyze": (
@@ -69,12 +69,13 @@ REQUIRED = {
     "check": "--data --model",
     "score": "--data --model --out",
     "select": "--out --scores",
+    "assemble": "--language --out --vision",
     "train": "--data --model --out",
+    "export": "--data --out --selection --to",
     "eval": "--benchmarks --data --out",
     "analyze": "--out",
     "report": "--scores",
     "show": "--scores ROW",
-    "export": "--data --out --selection --to",
     "world": "--out",
 }
 

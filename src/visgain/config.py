@@ -262,36 +262,6 @@ STAGES = ("generate", "judge", "score")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Which benchmarks, on what data, of which model or answers."""
-
-    benchmarks: str
-    """Names with commas between them, e.g. pope,chair; `visgain list` shows them."""
-    data: Path
-    """A benchmark's official file or folder; with several benchmarks, a folder that holds one named like each."""
-    out: Path
-    """Folder with a folder for each benchmark; the same command resumes there."""
-    model: str | None = None
-    """Model folder or hub name to ask; not needed where answers exist."""
-    answers: Path | None = None
-    """Score these answers (JSON lines: split, id, prediction; or the benchmark's own format) and ask no model."""
-    image_root: Path | None = None
-    """Folder that image names are relative to [default: the data's folder]."""
-    stages: str = "generate,judge,score"
-    """What to do, with commas between; each stage begins with the files that the one before left."""
-    variant: str = ""
-    """Parser or protocol variant: a name for one benchmark, or pope=opera,chair=wordnet [default: the official]."""
-    decoding: str = "greedy"
-    """How tokens are chosen, with options as in vcd:alpha=1,beta=0.1; `visgain list` shows the names."""
-    max_new_tokens: int | None = None
-    """Longest answer in tokens [default: the benchmark's]."""
-    batch_size: int = 16
-    """Prompts answered side by side, halved where memory runs out."""
-    template: str = "auto"
-    """Conversation template and image preparation."""
-    max_length: int | None = None
-    """Longest prompt in tokens, image tokens included [default: the template's]."""
-    judge: str | None = None
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Which selection, of what data, for which trainer."""
@@ -323,6 +293,36 @@ class ExportConfig:
         _require(bool(self.to.strip()), "--to names no trainer; `visgain list` shows them")
 
 
+class EvalConfig:
+    """Which benchmarks, on what data, of which model or answers."""
+
+    benchmarks: str
+    """Names with commas between them, e.g. pope,chair; `visgain list` shows them."""
+    data: Path
+    """A benchmark's official file or folder; with several benchmarks, a folder that holds one named like each."""
+    out: Path
+    """Folder with a folder for each benchmark; the same command resumes there."""
+    model: str | None = None
+    """Model folder or hub name to ask; not needed where answers exist."""
+    answers: Path | None = None
+    """Score these answers (JSON lines: split, id, prediction; or the benchmark's own format) and ask no model."""
+    image_root: Path | None = None
+    """Folder that image names are relative to [default: the data's folder]."""
+    stages: str = "generate,judge,score"
+    """What to do, with commas between; each stage begins with the files that the one before left."""
+    variant: str = ""
+    """Parser or protocol variant: a name for one benchmark, or pope=opera,chair=wordnet [default: the official]."""
+    decoding: str = "greedy"
+    """How tokens are chosen, with options as in vcd:alpha=1,beta=0.1; `visgain list` shows the names."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens [default: the benchmark's]."""
+    batch_size: int = 16
+    """Prompts answered side by side, halved where memory runs out."""
+    template: str = "auto"
+    """Conversation template and image preparation."""
+    max_length: int | None = None
+    """Longest prompt in tokens, image tokens included [default: the template's]."""
+    judge: str | None = None
     """Grade with MODEL@URL, an OpenAI-compatible endpoint (its key in OPENAI_API_KEY), or with recorded reviews."""
     judge_prompt: Path | None = None
     """The official wording of the judge's question in place of ours."""
