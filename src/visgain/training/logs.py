@@ -21,13 +21,35 @@ class QuietProgress(ProgressCallback):  # type: ignore[misc]
 
 
 class JsonlLog(TrainerCallback):  # type: ignore[misc]
-    """Appends everything Trainer logs to `path`, one JSON object a line."""
+    """Appends everything Trainer logs to `path`, one JSON object a line.
+
+    A training that resumes repeats the steps after its checkpoint; what was logged of them before goes.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        with storage_errors(self.path):
+            before = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in before if _stays(line, state.global_step)]
+            short = self.path.with_name(f"{self.path.name}.tmp")
+            short.write_text("".join(kept), encoding="utf-8")
+            short.replace(self.path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
             line = json.dumps({"step": state.global_step, **logs})
             with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+def _stays(line: str, step: int) -> bool:
+    """Whether a line that was logged before tells of a step up to `step`, and not of the end."""
+    try:
+        logged = json.loads(line)
+    except ValueError:
+        return False  # cut off by a sudden end
+    return "loss" in logged and int(logged["step"]) <= step

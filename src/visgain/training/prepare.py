@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,9 +21,44 @@ def prepare_model(vlm: VLM, recipe: Recipe) -> Any:
     if recipe.attention is not None:
         model.set_attn_implementation(recipe.attention)
     trained = named_parts(model, recipe.parts)
+    if recipe.vision_from_layer is not None:
+        trained -= named_parts(model, ("vision",)) - _upper_layers(model, recipe.vision_from_layer)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     return model if recipe.lora_rank is None else _with_lora(model, recipe, recipe.lora_rank)
+
+
+def set_precision(model: nn.Module, dtype: str) -> None:
+    """Keep what is trained in float32, and what is frozen in `dtype`.
+
+    Optimiser steps are small beside the weights, so 16 bits would round most of them away.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else getattr(torch, dtype))
+
+
+def recompute_activations(model: Any) -> None:
+    """Let the layers of `model` forget their activations, and compute them again in the backward pass."""
+    # transformers renamed it; only this variant of torch's works when parts of the model are frozen or left out.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"--gradient-checkpointing: {error}") from error
+
+
+def _upper_layers(model: PreTrainedModel, first: int) -> set[int]:
+    """Ids of the parameters in the vision part's layers from number `first` on, and of nothing that is in no layer.
+
+    Raises ConfigError if there are no such layers.
+    """
+    stacks = [
+        stack for part in part_modules(model, "vision") for stack in part.modules() if isinstance(stack, nn.ModuleList)
+    ]
+    layers = max(stacks, key=len, default=nn.ModuleList())
+    if not first < len(layers):
+        raise ConfigError(f"vision_from_layer is {first}, and the vision part has {len(layers)} layers, counted from 0")
+    return {id(parameter) for layer in layers[first:] for parameter in layer.parameters()}
 
 
 def _with_lora(model: PreTrainedModel, recipe: Recipe, rank: int) -> Any:

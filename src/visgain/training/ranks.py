@@ -1,0 +1,39 @@
+"""Processes that train one model together, as torchrun starts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import distributed
+
+from visgain.errors import VisgainError
+
+T = TypeVar("T")
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives in the first process, for all of them.
+
+    If it raises a VisgainError there, that process raises it, and the others end without a word.
+    """
+    if not distributed.is_initialized():
+        return make()
+    is_first = distributed.get_rank() == 0
+    made: list[T | VisgainError | None] = [None]
+    if is_first:
+        try:
+            made = [make()]
+        except VisgainError as error:
+            made = [error]
+    distributed.broadcast_object_list(made)
+    value = made[0]
+    if isinstance(value, VisgainError):
+        raise value if is_first else SystemExit(1)
+    return value  # type: ignore[return-value]
+
+
+def leave() -> None:
+    """Part from the other processes, when the work of all is done."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
