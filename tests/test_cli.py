@@ -52,6 +52,11 @@ SURFACE = {
         "--max-new-tokens --model --no-force --no-trust-remote-code --out --seed --stages --template "
         "--trust-remote-code --variant"
     ),
+    "ablate": (
+        "--arms --benchmark-data --benchmarks --columns --counterfactual --data --device --dtype --equal --eval-data "
+        "--format --image-root --keep-models --max-length --model --no-keep-models --no-trust-remote-code --out --recipe "
+        "--rows --seeds --steps --template --test-rows --trust-remote-code"
+    ),
     "analyze": (
         "--benchmarks --counterfactual --data --device --dtype --image-root --max-length --model "
         "--no-trust-remote-code --out --part-of-speech --rows --scores --template --trust-remote-code"
@@ -73,6 +78,7 @@ REQUIRED = {
     "train": "--data --model --out",
     "export": "--data --out --selection --to",
     "eval": "--benchmarks --data --out",
+    "ablate": "--out",
     "analyze": "--out",
     "report": "--scores",
     "show": "--scores ROW",

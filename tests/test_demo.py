@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from visgain.ablation.demo import ARMS, METRICS, run_demo, token_auroc
 from visgain.config import DemoConfig
 from visgain.errors import StorageError
 from visgain.storage import read_selection_table
-from visgain.world.demo import ARMS, METRICS, run_demo, token_auroc
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,14 @@ from cyclopts import App, Parameter, Token, convert
 
 import visgain
 from visgain.config import (
+    AblateConfig,
     AnalyzeConfig,
     AssembleConfig,
     CheckConfig,
     DemoConfig,
     EvalConfig,
-    ReportConfig,
     ExportConfig,
+    ReportConfig,
     ScoreConfig,
     SelectConfig,
     ShowConfig,
@@ -59,7 +60,7 @@ FLAT = Parameter(name="*", negative_iterable=())
 def demo(config: Annotated[DemoConfig | None, FLAT] = None) -> None:
     """Run the whole idea on the embedded world and model: minutes on a laptop, ends with a report."""
     _quiet()
-    from visgain.world.demo import run_demo
+    from visgain.ablation.demo import run_demo
 
     run_demo(config or DemoConfig())
 
@@ -138,20 +139,6 @@ def train(config: Annotated[TrainConfig, FLAT]) -> None:
     print(f"model: {config.out}")
 
 
-@app.command(name="eval")
-def evaluate(config: Annotated[EvalConfig, FLAT]) -> None:
-    """Ask a model the questions of benchmarks and score its answers by their protocols."""
-    _quiet()
-    from visgain.evaluation.run import run_eval
-    from visgain.evaluation.table import table
-
-    print(table(run_eval(config)))
-    print(f"results: {config.out}")
-
-
-@app.command
-def analyze(config: Annotated[AnalyzeConfig, FLAT]) -> None:
-    """Look into scores, into a model's attention, or into what a benchmark needs of its pictures."""
 @app.command
 def export(config: Annotated[ExportConfig, FLAT]) -> None:
     """Write a selection as files for another trainer."""
@@ -164,6 +151,34 @@ def export(config: Annotated[ExportConfig, FLAT]) -> None:
     print(f"export: {config.out}")
 
 
+@app.command(name="eval")
+def evaluate(config: Annotated[EvalConfig, FLAT]) -> None:
+    """Ask a model the questions of benchmarks and score its answers by their protocols."""
+    _quiet()
+    from visgain.evaluation.run import run_eval
+    from visgain.evaluation.table import table
+
+    print(table(run_eval(config)))
+    print(f"results: {config.out}")
+
+
+@app.command
+def ablate(config: Annotated[AblateConfig, FLAT]) -> None:
+    """Compare what is trained on: arms (vanilla, random, vig@70 ...) over seeds, as a table with intervals."""
+    _quiet()
+    from visgain.ablation.run import run_ablation
+    from visgain.ablation.table import print_ablation
+
+    done = run_ablation(config)
+    print_ablation(done)
+    print(f"every number: {config.out / 'ablation.json'}; table.md and figure.svg beside it")
+    if done.failures:
+        sys.exit(1)
+
+
+@app.command
+def analyze(config: Annotated[AnalyzeConfig, FLAT]) -> None:
+    """Look into scores, into a model's attention, or into what a benchmark needs of its pictures."""
     from dataclasses import replace
 
     from visgain.tables import as_text
@@ -219,31 +234,35 @@ def world(config: Annotated[WorldConfig, FLAT]) -> None:
 
 @app.command(name="list")
 def list_names() -> None:
-    """List what options take by name: benchmarks, counterfactuals, data formats, decodings, recipes, weightings."""
+    """List what options take by name: arms, benchmarks, counterfactuals, formats, decodings, recipes, weightings."""
+    from visgain.ablation.arms import KINDS
     from visgain.counterfactuals import COUNTERFACTUALS
     from visgain.data import FORMATS
     from visgain.data.records import LAYOUTS
     from visgain.evaluation.benchmark import BENCHMARKS
     from visgain.evaluation.decoders import DECODERS
     from visgain.evaluation.export import EXPORTS
+    from visgain.export import EXPORTERS
     from visgain.training.recipe import recipe_names
     from visgain.vlm.profiles import template_names
+    from visgain.weights import WEIGHTINGS
 
     for kind, names in (
+        ("arms", KINDS),
         ("benchmarks", BENCHMARKS.names()),
         ("counterfactuals", COUNTERFACTUALS.names()),
         ("data formats", FORMATS.names()),
         ("data layouts", LAYOUTS.names()),
         ("decodings", DECODERS.names()),
+        ("exporters", EXPORTERS.names()),
         ("exports of answers", EXPORTS.names()),
         ("recipes", recipe_names()),
         ("templates", template_names()),
+        ("weightings", WEIGHTINGS.names()),
     ):
         print(f"{kind}: {', '.join(names)}")
-    from visgain.export import EXPORTERS
 
 
-    from visgain.weights import WEIGHTINGS
 @app.command
 def env() -> None:
     """Print versions and devices, for a bug report."""
@@ -252,10 +271,8 @@ def env() -> None:
 
     print(f"visgain {visgain.__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "transformers", "accelerate", "peft", "tokenizers", "pyarrow", "numpy", "pillow"):
-        ("exporters", EXPORTERS.names()),
         try:
             print(f"{package} {version(package)}")
-        ("weightings", WEIGHTINGS.names()),
         except PackageNotFoundError:
             print(f"{package} not installed")
     import torch
@@ -308,7 +325,9 @@ def _option_names(verb: str) -> list[str]:
         "score": ScoreConfig,
         "select": SelectConfig,
         "train": TrainConfig,
+        "export": ExportConfig,
         "eval": EvalConfig,
+        "ablate": AblateConfig,
         "analyze": AnalyzeConfig,
         "report": ReportConfig,
         "show": ShowConfig,
@@ -325,7 +344,6 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-        "export": ExportConfig,
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

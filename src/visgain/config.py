@@ -488,6 +488,91 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AblateConfig:
+    """Which arms to compare, on what, and how long each is trained."""
+
+    out: Path
+    """Folder for everything; the same command resumes there, and may name more arms and seeds."""
+    arms: str = ""
+    """Arms with commas between them, as in vanilla,random@70,vig@30,vig@70; `visgain list` shows the kinds [default: a
+    grid of all kinds]."""
+    seeds: str = "0,1,2"
+    """Seeds with commas between them; each draws its own data or held-out rows and its own order of training."""
+    equal: Literal["steps", "epochs"] = "steps"
+    """What all arms have alike: optimiser steps, or passes over their own rows."""
+    steps: int | None = None
+    """With --equal steps: optimiser steps of each arm [default: 150 on the embedded world, else what the recipe takes
+    for all rows]."""
+    model: str = "embedded"
+    """Model folder or hub name that every arm starts from, and that scores."""
+    recipe: str | None = None
+    """Name of a recipe that ships with visgain, or a YAML file [default: embedded-tune on the embedded world, else
+    tune]."""
+    counterfactual: str = "blur"
+    """What replaces the real image, save in arms that say otherwise, and in the measure of held-out rows."""
+    rows: int = 2000
+    """Training conversations to draw of the embedded world, for each seed."""
+    test_rows: int | None = None
+    """Questions that test [default: 1000 on the embedded world; of --data a tenth, at most 1000]."""
+    data: Path | None = None
+    """Your dataset [default: the embedded world]."""
+    image_root: Path | None = None
+    """Folder that the image paths of --data and --eval-data are relative to [default: the folder of either]."""
+    eval_data: Path | None = None
+    """Dataset to test on [default: rows held out of --data by seed]."""
+    benchmarks: str = ""
+    """Also ask every model the questions of these benchmarks, with commas between; such as need no judge."""
+    benchmark_data: Path | None = None
+    """The benchmarks' official files, as --data of `visgain eval`."""
+    columns: str | None = None
+    """What the dataset's fields are called, as in messages=dialog,images=pictures [default: found by their names]."""
+    format: str | None = None
+    """Data format or layout of rows, by a name of `visgain list` [default: recognised]."""
+    template: str = "auto"
+    """Conversation template and image preparation."""
+    max_length: int | None = None
+    """Longest sequence in tokens, image tokens included [default: the template's]."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward pass in training."""
+    device: str = "auto"
+    """cpu or auto, which takes a GPU if there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    keep_models: bool = False
+    """Keep every arm's trained model; else it is deleted when it was tested."""
+
+    def __post_init__(self) -> None:
+        _require_length(self.max_length)
+        for name in ("steps", "rows", "test_rows"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; it must be positive")
+        _require(
+            self.steps is None or self.equal == "steps", "--steps does not go with --equal epochs; leave one out"
+        )
+        _require(
+            self.data is not None or (self.eval_data is None and self.image_root is None),
+            "--eval-data and --image-root go with --data",
+        )
+        _require(
+            bool(self.benchmarks) == (self.benchmark_data is not None),
+            "--benchmarks and --benchmark-data go together",
+        )
+        _require(
+            len(set(self.seed_list)) == len(self.seed_list), f"--seeds names a seed twice: {self.seeds}"
+        )
+
+    @property
+    def seed_list(self) -> tuple[int, ...]:
+        """The seeds as numbers."""
+        names = [name for part in self.seeds.split(",") if (name := part.strip())]
+        _require(
+            bool(names) and all(name.isascii() and name.isdecimal() for name in names),
+            f"--seeds is {self.seeds!r}; it must be whole numbers from 0 on with commas between them, as in 0,1,2",
+        )
+        return tuple(map(int, names))
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorldConfig:
     """What to draw."""
 

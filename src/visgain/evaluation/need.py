@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from visgain.config import AnalyzeConfig, EvalConfig, ScoreConfig
-from visgain.data.images import ImageFile
+from visgain.data.placed import place_images
 from visgain.errors import DataError
 from visgain.evaluation.benchmark import BENCHMARKS, Question
 from visgain.evaluation.run import read_questions
 from visgain.scoring.run import run_score
-from visgain.storage import storage_errors, write_text
-from visgain.types import IMAGE_MARK, ImageRef
+from visgain.storage import write_text
+from visgain.types import IMAGE_MARK
 
 
 def score_benchmarks(config: AnalyzeConfig) -> Path:
@@ -56,18 +56,10 @@ def write_dataset(questions: Mapping[str, Sequence[Question]], folder: Path) -> 
     n_asked = sum(map(len, questions.values()))
     if not answered:
         raise DataError(f"none of the {n_asked} questions of {', '.join(questions)} has a right answer in words")
-    roots = {image.root if isinstance(image, ImageFile) else None for _, one, _ in answered for image in one.images}
-    root = next(iter(roots)) if len(roots) == 1 else None
-    names: dict[str, str] = {}
-    rows = []
-    for name, question, said in answered:
-        images = [
-            image.path if root is not None and isinstance(image, ImageFile) else _copied(image, folder, names)
-            for image in question.images
-        ]
-        rows.append(_row(name, question, said, images))
+    names, root = place_images([one.images for _, one, _ in answered], folder)
+    rows = [_row(name, question, said, images) for (name, question, said), images in zip(answered, names, strict=True)]
     write_text(folder / "data.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return folder / "data.jsonl", folder if root is None else root
+    return folder / "data.jsonl", root
 
 
 def right_answer(question: Question) -> str | None:
@@ -97,13 +89,3 @@ def _row(name: str, question: Question, said: str, images: list[str]) -> dict[st
             {"from": "gpt", "value": said},
         ],
     }
-
-
-def _copied(image: ImageRef, folder: Path, names: dict[str, str]) -> str:
-    if image.key not in names:
-        names[image.key] = f"images/{len(names):06d}.png"
-        path = folder / names[image.key]
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.open().save(path)
-    return names[image.key]

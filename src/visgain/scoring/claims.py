@@ -64,7 +64,12 @@ def alone(folder: Path, name: str) -> Iterator[None]:
 
 def claim(folder: Path, part: int) -> FileLock | None:
     """A lock on `part` to release when it is written, or None if another process works on it."""
-    lock = _lock(folder, f"part-{part:05d}")
+    return claim_named(folder, f"part-{part:05d}")
+
+
+def claim_named(folder: Path, name: str) -> FileLock | None:
+    """A lock on `name` in `folder` to release when done, or None if another process holds it."""
+    lock = _lock(folder, name)
     with storage_errors(folder):
         return lock if _acquire(lock, timeout=0) else None
 

@@ -1,0 +1,160 @@
+"""The figure of a study: a panel for each metric, its mean over seeds against active tokens, with intervals.
+
+Drawn by hand as SVG, in one column so that it is readable on a phone. Equal input draws equal bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+from visgain.ablation.metrics import Metric, written
+from visgain.ablation.statistics import Interval
+from visgain.report.figures import nice_step
+
+WIDTH, HEIGHT = 560, 290  # of a panel
+LEFT, RIGHT, TOP, BOTTOM = 62, 18, 40, 44  # margins of its plot
+KEY_ROW, KEY_COLUMNS = 22, 5
+MOST_WIDTH = 720  # on a large screen
+
+COLOURS = ("#c2571a", "#3b6ea5", "#4d8b31", "#8a5a9e", "#222222", "#777777", "#b3262e", "#0f8b8d", "#b8860b")
+ORDER = ("vig", "random", "sample", "token", "vanilla", "aligned", "soft", "pvi", "cal")
+"""Kinds in the order of their colours; others take what is left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """An arm in a panel."""
+
+    kind: str
+    name: str
+    tokens: float  # active ones
+    value: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    metric: Metric
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Numbers to places on a line."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.stop - self.start), 1)
+
+    def ticks(self, count: int) -> list[float]:
+        step = nice_step(self.high - self.low, count)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [k * step for k in range(first, last + 1)]
+
+
+def draw(panels: Sequence[Panel]) -> str:
+    """The whole figure; panels without points are left out."""
+    panels = [panel for panel in panels if panel.points]
+    kinds = list(dict.fromkeys(point.kind for panel in panels for point in panel.points))
+    colours = _colours(kinds)
+    key_height = KEY_ROW * math.ceil(len(kinds) / KEY_COLUMNS) + 10
+    height = key_height + HEIGHT * len(panels)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="100%" '
+        f'style="max-width:{MOST_WIDTH}px" font-family="system-ui, sans-serif" font-size="13" role="img">',
+        "<title>Metrics against active tokens, by arm</title>",
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
+        *_key(colours),
+    ]
+    for number, panel in enumerate(panels):
+        parts.append(f'<g transform="translate(0 {key_height + HEIGHT * number})">')
+        parts += [*_panel(panel, colours), "</g>"]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _colours(kinds: Sequence[str]) -> dict[str, str]:
+    known = [kind for kind in ORDER if kind in kinds]
+    others = [kind for kind in kinds if kind not in ORDER]
+    return {
+        kind: COLOURS[(ORDER.index(kind) if kind in ORDER else k) % len(COLOURS)]
+        for k, kind in enumerate([*known, *others])
+    }
+
+
+def _key(colours: dict[str, str]) -> Iterator[str]:
+    """Which colour is which kind."""
+    width = (WIDTH - 24) / KEY_COLUMNS
+    for number, (kind, colour) in enumerate(colours.items()):
+        x = round(16 + width * (number % KEY_COLUMNS), 1)
+        y = 18 + KEY_ROW * (number // KEY_COLUMNS)
+        yield f'<circle cx="{x}" cy="{y - 4}" r="5" fill="{colour}"/>'
+        yield f'<text x="{x + 10}" y="{y}">{escape(kind)}</text>'
+
+
+def _panel(panel: Panel, colours: dict[str, str]) -> Iterator[str]:
+    """Title, axes, then each kind: a line from share to share, whiskers, and points with their share beside them."""
+    x, y = _scales(panel.points)
+    better = {"higher": ", higher is better", "lower": ", lower is better"}.get(panel.metric["better"], "")
+    unit = " (%)" if panel.metric["format"] == "percent" else ""
+    yield f'<text x="12" y="24" font-size="15" font-weight="600">{escape(panel.metric["label"] + unit)}'
+    yield f'<tspan font-size="13" font-weight="400" fill="#555">{better}</tspan></text>'
+    yield from _axes(panel.metric, x, y)
+    for kind in colours:
+        points = sorted((point for point in panel.points if point.kind == kind), key=lambda point: point.tokens)
+        yield from _series(points, colours[kind], x, y)
+
+
+def _scales(points: Sequence[Point]) -> tuple[Scale, Scale]:
+    ends = [end for point in points for end in (point.value.mean, point.value.low, point.value.high) if end is not None]
+    low, high = min(ends), max(ends)
+    margin = 0.06 * (high - low) or abs(high) * 0.05 or 0.01
+    most = max(point.tokens for point in points) or 1.0
+    return (
+        Scale(low=-0.02 * most, high=1.06 * most, start=LEFT, stop=WIDTH - RIGHT),
+        Scale(low=low - margin, high=high + margin, start=HEIGHT - BOTTOM, stop=TOP),
+    )
+
+
+def _axes(metric: Metric, x: Scale, y: Scale) -> Iterator[str]:
+    for value in y.ticks(5):
+        yield f'<path d="M{LEFT} {y(value)}H{WIDTH - RIGHT}" stroke="#e3e3e3"/>'
+        label = f'x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end" fill="#555"'
+        yield f"<text {label}>{written(metric, value)}</text>"
+    for value in x.ticks(5):
+        yield f'<path d="M{x(value)} {HEIGHT - BOTTOM}v5" stroke="#999"/>'
+        yield (
+            f'<text x="{x(value)}" y="{HEIGHT - BOTTOM + 19}" text-anchor="middle" fill="#555">{_count(value)}</text>'
+        )
+    yield f'<path d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}" stroke="#999"/>'
+    yield (f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end" fill="#555">active tokens in training</text>')
+
+
+def _series(points: Sequence[Point], colour: str, x: Scale, y: Scale) -> Iterator[str]:
+    if len(points) > 1:
+        line = "L".join(f"{x(point.tokens)} {y(point.value.mean)}" for point in points)
+        yield f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="1.5" stroke-opacity="0.6"/>'
+    for point in points:
+        at, middle = x(point.tokens), y(point.value.mean)
+        if point.value.low is not None and point.value.high is not None:
+            whisker = f"M{at} {y(point.value.low)}V{y(point.value.high)}"
+            yield f'<path d="{whisker}" stroke="{colour}" stroke-width="1.5" stroke-opacity="0.45"/>'
+        yield f'<circle cx="{at}" cy="{middle}" r="4.5" fill="{colour}" stroke="#fff"><title>{escape(point.name)}'
+        yield "</title></circle>"
+        label = f'x="{at + 7:.1f}" y="{middle + 3.5:.1f}" font-size="10" fill="{colour}"'
+        yield f"<text {label}>{escape(_beside(point))}</text>"
+
+
+def _beside(point: Point) -> str:
+    """The share of an arm that has one, else its name."""
+    return point.name.partition("@")[2] or point.name
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}K" if value >= 1e3 else f"{value:g}"
