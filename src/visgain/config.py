@@ -225,7 +225,11 @@ class TrainConfig:
     batch_size: int | None = None
     """Rows in one optimiser step, on all devices together."""
     micro_batch: int | None = None
-    """Rows in one forward pass on one device."""
+    """Rows that --loss-reduction micro-batch averages over, and rows of a forward pass where nothing is packed."""
+    packing: Literal["auto", "on", "off"] | None = None
+    """Conversations side by side without padding: auto does so where the model gives the same loss for them."""
+    pack_tokens: int | None = None
+    """Tokens in one forward pass on one device [default: 2048 on a CPU, 8192 on a GPU]."""
     loss_reduction: Literal["global", "micro-batch"] | None = None
     """Mean over the active tokens of the whole optimiser step, or of each micro-batch and then over those."""
     projector: Path | None = None
@@ -253,15 +257,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_length(self.max_length)
-        for name in ("lora_rank", "max_steps", "batch_size", "micro_batch", "save_steps"):
+        for name in ("lora_rank", "max_steps", "batch_size", "micro_batch", "pack_tokens", "save_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; it must be positive")
 
 
-STAGES = ("generate", "judge", "score")
-
-
-@dataclass(frozen=True, kw_only=True)
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Which selection, of what data, for which trainer."""
@@ -293,6 +293,10 @@ class ExportConfig:
         _require(bool(self.to.strip()), "--to names no trainer; `visgain list` shows them")
 
 
+STAGES = ("generate", "judge", "score")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Which benchmarks, on what data, of which model or answers."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.utils import enable_fsdp_ram_efficient_loading
 from tqdm import tqdm
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
@@ -91,6 +92,8 @@ def _sharding(name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"--parallel {path}: settings are a mapping of names to values")
     if "zero_optimization" not in values:
+        if values.get("cpu_ram_efficient_loading"):
+            enable_fsdp_ram_efficient_loading()  # it must be known before the model is loaded
         return {"fsdp": True, "fsdp_config": values}
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"--parallel {name} needs DeepSpeed: pip install deepspeed")

@@ -1,15 +1,16 @@
-"""Selected rows of a dataset as training batches: vanilla batches, with -100 on every token that is not active."""
+"""Selected rows of a dataset, encoded, each answer token with the weight of its loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Bool, Float32
 from torch.utils.data import Dataset as TorchDataset
 
 from visgain.data import Dataset
@@ -25,10 +26,23 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRow:
-    """An encoded sample and which of its answer tokens are active: bool [A]."""
+    """An encoded sample and how much the loss of each of its answer tokens weighs; 0 is no loss."""
 
     encoded: Encoded
-    active: np.ndarray
+    weight: Float32[np.ndarray, " A"]
+
+    @property
+    def active(self) -> Bool[np.ndarray, " A"]:
+        """Which answer tokens carry loss."""
+        active: np.ndarray = self.weight > 0
+        return active
+
+
+class Outline(NamedTuple):
+    """How large a sample is."""
+
+    n_images: int
+    n_chars: int  # of its text
 
 
 class Rows(TorchDataset[TrainingRow]):
@@ -44,7 +58,12 @@ class Rows(TorchDataset[TrainingRow]):
 
     def __getitem__(self, index: int) -> TrainingRow:
         encoded = self._encode(self._sample(index))
-        return TrainingRow(encoded=encoded, active=np.ones(len(encoded.turn), dtype=bool))
+        return TrainingRow(encoded=encoded, weight=np.ones(len(encoded.turn), np.float32))
+
+    def outline(self, index: int) -> Outline:
+        """The size of a row, without a look at its pictures."""
+        sample = self._sample(index)
+        return Outline(len(sample.images), sum(len(turn.text) for turn in sample.turns))
 
     def _sample(self, index: int) -> Sample:
         row = self.rows[index]
@@ -79,12 +98,13 @@ class SelectedRows(Rows):
         encoded = self._encode(sample)
         if self.end_of_turn == "ignore":
             encoded = without_end_of_turn(encoded)
-        return TrainingRow(encoded=encoded, active=_join(encoded, chosen, sample.row))
+        return TrainingRow(encoded=encoded, weight=_join(encoded, chosen, sample.row))
 
 
-def _join(encoded: Encoded, chosen: dict[str, Any], row: int) -> np.ndarray:
-    """Keep mask of the encoded answer tokens. A sequence cut shorter now keeps the mask of what is left."""
+def _join(encoded: Encoded, chosen: dict[str, Any], row: int) -> Float32[np.ndarray, " A"]:
+    """Weights of the encoded answer tokens. A sequence cut shorter now keeps those of what is left."""
     token_id, keep = np.asarray(chosen["token_id"]), np.asarray(chosen["keep"], dtype=bool)
+    weight = np.asarray(chosen.get("weight", keep), dtype=np.float32)
     length = len(encoded.turn)
     same = min(length, len(token_id))
     if not np.array_equal(encoded.token_id[:same], token_id[:same]) or (length != same and not encoded.truncated):
@@ -92,7 +112,7 @@ def _join(encoded: Encoded, chosen: dict[str, Any], row: int) -> np.ndarray:
             f"row {row}: answer tokens differ from those that were scored; train with the tokenizer, the --template "
             "and the --max-length of the scores"
         )
-    return np.pad(keep[:same], (0, length - same))
+    return np.pad(np.where(keep, weight, np.float32(0))[:same], (0, length - same))
 
 
 def open_rows(dataset: Dataset, encoder: Encoder, selection: Path | None, *, end_of_turn: str) -> Rows:

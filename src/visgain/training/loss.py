@@ -1,34 +1,31 @@
-"""The loss of selective training: cross-entropy on active tokens, reduced in one of two ways.
+"""How the NLLs of active tokens become one loss: as weights, fixed before anything is computed.
 
-`global` divides the summed loss by the number of active tokens of the whole optimiser step, accumulation and devices
-included, so that how a batch is cut up changes nothing. `micro-batch` averages within each micro-batch and then over
-those, as LLaVA's original code does: a token in a micro-batch with few active tokens weighs more.
+`global` divides the summed loss by the summed weight of the active tokens of the whole optimiser step, all ranks
+included, so that how a step is cut up changes nothing. `micro-batch` averages within each micro-batch of the recipe and
+then over those, as LLaVA's original code does: a token in a micro-batch with few active tokens weighs more. What goes
+through the model together has no part in either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
-from jaxtyping import Bool, Float32
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+import numpy as np
 
-from visgain.vlm.logits import answer_logits, token_nll
+from visgain.training.collate import TrainingRow
 
 
-def active_nll(
-    model: PreTrainedModel | nn.Module, inputs: Mapping[str, Any], active: Bool[Tensor, "B T"], head: nn.Module
-) -> Float32[Tensor, " N"]:
-    """NLL in nats of each active token (N in all). With no active token: empty, but still part of the graph."""
-    targets = inputs["input_ids"][active]
-    return token_nll(answer_logits(model, inputs, active, head=head), targets)
+def weighed(rows: Sequence[TrainingRow], total: float) -> list[TrainingRow]:
+    """`rows` with their weights divided by `total`; as they are, all 0, if that is 0."""
+    return [replace(row, weight=(row.weight / (total or 1.0)).astype(np.float32)) for row in rows]
 
 
-def reduce_loss(nll: Float32[Tensor, " N"], n_active: Tensor | int | None) -> Float32[Tensor, ""]:
-    """Sum of `nll` divided by `n_active`, or by N when that is None.
+def summed_weight(rows: Sequence[TrainingRow]) -> float:
+    return float(sum(row.weight.sum(dtype=np.float64) for row in rows))
 
-    Without any active token the result is 0 with zero gradients, not nan: such a step is harmless.
-    """
-    divisor = nll.numel() if n_active is None else n_active
-    return nll.sum() / max(int(divisor), 1)
+
+def averaged_by_micro_batch(rows: Sequence[TrainingRow], size: int) -> list[TrainingRow]:
+    """`rows` with weights that sum to 1 in each micro-batch of `size` rows, or to 0 where none is active."""
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [row for group in groups for row in weighed(group, summed_weight(group))]

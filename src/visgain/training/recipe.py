@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from visgain.errors import ConfigError
 from visgain.registry import suggest
 
 RECIPES = Path(__file__).parent / "recipes"
+PARTS = ("vision", "projector", "language")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,9 @@ class Recipe:
     """Every value that training needs; the field names are the YAML keys."""
 
     parts: tuple[str, ...]  # of vision, projector, language
+    vision_from_layer: int | None = None  # of the vision part, only its layers from this one on, counted from 0
     learning_rate: float
+    learning_rates: Mapping[str, float] = field(default_factory=dict)  # of single parts in place of learning_rate
     batch_size: int
     micro_batch: int
     epochs: float = 1.0
@@ -32,7 +36,13 @@ class Recipe:
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     loss_reduction: str = "global"  # or micro-batch
+    template: str = "auto"
+    max_length: int | None = None  # tokens, image tokens included; None: the template's
+    dtype: str = "float32"  # or bfloat16
+    packing: str = "auto"  # on, off, or on for models that can be trained in packs
+    pack_tokens: int | None = None  # in one pack; None: by device
     save_steps: int = 500
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
     workers: int = 0  # processes that prepare batches; 0 prepares them in the training process
     attention: str | None = None  # attention implementation of transformers; None takes the model's default
     lora_rank: int | None = None
@@ -46,12 +56,28 @@ class Recipe:
             raise ConfigError("nothing to train: the recipe names no parts and no lora_rank")
         if self.loss_reduction not in ("global", "micro-batch"):
             raise ConfigError(f"loss reduction is {self.loss_reduction!r}; it must be global or micro-batch")
-        unknown = set(self.parts) - {"vision", "projector", "language"}
-        if unknown:
-            raise ConfigError(f"unknown part {sorted(unknown)[0]!r}; known: vision, projector, language")
+        if self.packing not in ("auto", "on", "off"):
+            raise ConfigError(f"packing is {self.packing!r}; it must be auto, on or off")
+        for part in (*self.parts, *self.learning_rates):
+            if part not in PARTS:
+                raise ConfigError(f"unknown part {part!r}; known: {', '.join(PARTS)}")
+        if self.vision_from_layer is not None and "vision" not in self.parts:
+            raise ConfigError("vision_from_layer is set, but vision is not among the parts that are trained")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be float32 or bfloat16")
 
 
-_COUNTS = ("batch_size", "micro_batch", "save_steps", "max_steps", "lora_rank", "workers")
+_FROM_ZERO = ("workers", "vision_from_layer")
+_COUNTS = (
+    "batch_size",
+    "micro_batch",
+    "pack_tokens",
+    "save_steps",
+    "max_steps",
+    "max_length",
+    "lora_rank",
+    *_FROM_ZERO,
+)
 _NUMBERS = (
     "learning_rate",
     "epochs",
@@ -81,7 +107,7 @@ def _check_numbers(values: dict[str, Any], where: str) -> None:
     for name, value in values.items():
         if value is None:
             continue
-        if name in _COUNTS and not (_is_whole(value) and value >= (0 if name == "workers" else 1)):
+        if name in _COUNTS and not (_is_whole(value) and value >= (0 if name in _FROM_ZERO else 1)):
             raise ConfigError(f"{where}: {name} is {value!r}; it must be a positive whole number")
         if name in _NUMBERS and not (isinstance(value, int | float) and value >= 0):
             raise ConfigError(f"{where}: {name} is {value!r}; it must be a number that is not negative")
@@ -115,9 +141,21 @@ def _recipe(values: Any, where: str) -> Recipe:
     try:
         values = {key: _as_number(value) if key in _NUMBERS else value for key, value in values.items()}
         _check_numbers(values, where)
-        return Recipe(**{**values, "parts": tuple(values.get("parts") or ())})
+        rates = _rates(values.get("learning_rates") or {}, where)
+        return Recipe(**{**values, "parts": tuple(values.get("parts") or ()), "learning_rates": rates})
     except TypeError as error:
         raise ConfigError(f"{where}: {str(error).replace('Recipe.__init__()', 'a recipe')}") from error
+
+
+def _rates(values: Any, where: str) -> dict[str, float]:
+    """Learning rates by part."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: learning_rates is a mapping of parts to numbers, as in {{projector: 2e-5}}")
+    rates = {str(part): _as_number(value) for part, value in values.items()}
+    for part, value in rates.items():
+        if not (isinstance(value, int | float) and value >= 0):
+            raise ConfigError(f"{where}: the learning rate of {part} is {value!r}; it must be a number")
+    return rates
 
 
 def resolve_recipe(config: TrainConfig) -> Recipe:
@@ -130,4 +168,6 @@ def resolve_recipe(config: TrainConfig) -> Recipe:
     if "lora_rank" in given and "parts" not in given:
         # Adapters replace training of the language part itself; the projector stays as the recipe says.
         given["parts"] = tuple(part for part in recipe.parts if part != "language")
+    if "vision" not in given.get("parts", recipe.parts):
+        given["vision_from_layer"] = None
     return replace(recipe, **given)

@@ -9,19 +9,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, set_seed
+from transformers import ProgressCallback, TrainingArguments, set_seed
 
 from visgain.config import TrainConfig
 from visgain.data import open_dataset, reading
 from visgain.errors import ConfigError, DataError
-from visgain.storage import claim_run, file_hash, read_json, storage_errors, write_json
+from visgain.storage import claim_run, file_hash, read_json, write_json
 from visgain.training.arguments import training_arguments
 from visgain.training.checkpoint import last_checkpoint
-from visgain.training.collate import Collator, Rows, open_rows
+from visgain.training.collate import Rows, open_rows
 from visgain.training.logs import JsonlLog, QuietProgress
-from visgain.training.prepare import prepare_model
+from visgain.training.prepare import prepare_model, recompute_activations, set_precision, shard_by_layer
+from visgain.training.ranks import from_first, leave
 from visgain.training.recipe import Recipe, resolve_recipe
-from visgain.training.trainer import SelectiveTrainer
+from visgain.training.save import outline, save_model, whole_model
+from visgain.training.trainer import SelectiveTrainer, Tokens
 from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name
 from visgain.vlm.profiles import find_profile
 from visgain.vlm.projector import with_projector
@@ -35,7 +37,7 @@ SUMMARY = "train.json"
 class TrainSummary:
     rows: int
     steps: int
-    active_tokens: int  # that carried loss on this device, counted once for each time
+    active_tokens: int  # that carried loss, counted once for each time
     mean_loss: float  # nats, over the steps of this start
     seconds: float
 
@@ -43,7 +45,8 @@ class TrainSummary:
 def run_train(config: TrainConfig) -> TrainSummary:
     """Train on the selected rows and tokens. Resumes from the last checkpoint in `config.out`; does nothing if done."""
     recipe = resolve_recipe(config)
-    find_profile(config.template)  # a mistyped name is told before the model is loaded
+    find_profile(recipe.template)  # a mistyped name is told before the model is loaded
+    arguments = training_arguments(recipe, config)
     scored = _scored_identity(config)
     dataset = open_dataset(
         config.data,
@@ -58,22 +61,25 @@ def run_train(config: TrainConfig) -> TrainSummary:
     set_seed(config.seed)  # before the model: adapters are initialised at random
     vlm = with_projector(
         config.projector,
-        lambda: load_vlm(config.model, device="cpu", trust_remote_code=config.trust_remote_code),
+        lambda: load_vlm(config.model, dtype="auto", device="cpu", trust_remote_code=config.trust_remote_code),
     )
-    encoder = make_encoder(vlm, config.template, config.max_length)
-    config = replace(config, max_length=encoder.max_length)
+    encoder = make_encoder(vlm, recipe.template, recipe.max_length)
+    recipe = replace(recipe, max_length=encoder.max_length)
     if scored and scored["template"] != encoder.name:
-        raise ConfigError(f"the selection was scored with --template {scored['template']}, this is {encoder.name}")
+        raise ConfigError(
+            f"the selection was scored with --template {scored['template']}, and --recipe {config.recipe} trains with "
+            f"{encoder.name}; score with --template {encoder.name}, or train with --template {scored['template']}"
+        )
     end_of_turn = scored.get("end_of_turn", "score")
     rows = open_rows(dataset, encoder, config.selection, end_of_turn=end_of_turn)
-    resumed = claim_run(config.out, _identity(config, recipe, dataset.fingerprint), {"recipe": asdict(recipe)})
-    if resumed and (config.out / SUMMARY).is_file():
-        return TrainSummary(**read_json(config.out / SUMMARY, "training"))
+    done, checkpoint = from_first(lambda: _begin(config, recipe, dataset.fingerprint))
+    if done is not None:
+        return done
     model = prepare_model(vlm, recipe)
-    trainer = build_trainer(model, vlm, rows, recipe, config)
-    result = trainer.resume(last_checkpoint(config.out) if resumed else None)
-    if trainer.is_world_process_zero():
-        _save(trainer.model, vlm, config.out)
+    set_precision(model, recipe.dtype)
+    empty = outline(model)
+    trainer = build_trainer(model, vlm, rows, recipe, config, arguments)
+    result = trainer.resume(checkpoint)
     summary = TrainSummary(
         rows=len(rows),
         steps=int(result.global_step),
@@ -81,36 +87,45 @@ def run_train(config: TrainConfig) -> TrainSummary:
         mean_loss=float(result.training_loss),
         seconds=float(result.metrics["train_runtime"]),
     )
+    trained = whole_model(trainer, empty)
     if trainer.is_world_process_zero():
+        save_model(trained, vlm, config.out, recipe.dtype)
         write_json(config.out / SUMMARY, asdict(summary))
+    leave()
     return summary
 
 
-def build_trainer(model: Any, vlm: VLM, rows: Rows, recipe: Recipe, config: TrainConfig) -> SelectiveTrainer:
+def _begin(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> tuple[TrainSummary | None, Path | None]:
+    """Make the folder ours. What was done there before: all of it (its summary), or the checkpoint to go on from."""
+    resumed = claim_run(config.out, _identity(config, recipe, data_fingerprint), {"recipe": asdict(recipe)})
+    if resumed and (config.out / SUMMARY).is_file():
+        return TrainSummary(**read_json(config.out / SUMMARY, "training")), None
+    return None, last_checkpoint(config.out) if resumed else None
+
+
+def build_trainer(
+    model: Any, vlm: VLM, rows: Rows, recipe: Recipe, config: TrainConfig, arguments: TrainingArguments | None = None
+) -> SelectiveTrainer:
+    """The trainer that runs `recipe`. Raises ConfigError if the model cannot be shared as `config` says."""
     pad_id = vlm.tokenizer.pad_token_id
-    arguments = training_arguments(recipe, config, n_rows=len(rows))
+    arguments = arguments or training_arguments(recipe, config)
+    if recipe.gradient_checkpointing:
+        recompute_activations(model)
+    if config.parallel != "ddp":
+        shard_by_layer(model)
     trainer = SelectiveTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
-        data_collator=Collator(0 if pad_id is None else pad_id),
+        recipe=recipe,
+        tokens=Tokens(image=vlm.image_token_id, pad=0 if pad_id is None else pad_id),
         callbacks=[JsonlLog(config.out / "log.jsonl")],
-        loss_reduction=recipe.loss_reduction,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgress)
+    if config.parallel != "ddp" and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ConfigError(f"--parallel {config.parallel} needs GPUs: Accelerate shards models on nothing else")
     return trainer
-
-
-def _save(model: Any, vlm: VLM, out: Path) -> None:
-    """A plain Hugging Face folder: adapters are merged into the weights, and kept beside them."""
-    if hasattr(model, "merge_and_unload"):
-        with storage_errors(out):
-            model.save_pretrained(out / "adapter")
-        model = model.merge_and_unload()
-    with storage_errors(out):
-        model.save_pretrained(out)
-        vlm.processor.save_pretrained(out)
 
 
 def _scored_identity(config: TrainConfig) -> dict[str, Any]:
@@ -121,6 +136,10 @@ def _scored_identity(config: TrainConfig) -> dict[str, Any]:
     return identity
 
 
+_FREE = ("packing", "pack_tokens")
+"""Values of a recipe on which nothing depends but time and memory: they may change between a start and the next."""
+
+
 def _identity(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
     """Everything that the trained model depends on."""
     selection = None if config.selection is None else file_hash(config.selection / "selection.parquet")
@@ -129,11 +148,9 @@ def _identity(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> dic
         "model_fingerprint": model_fingerprint(config.model),
         "data_fingerprint": data_fingerprint,
         "selection": selection,
-        "recipe": asdict(recipe),
-        "template": config.template,
-        "max_length": config.max_length,
+        "recipe": {name: value for name, value in asdict(recipe).items() if name not in _FREE},
         "seed": config.seed,
-        "dtype": config.dtype,
+        "parallel": config.parallel,
         **({"projector": file_hash(config.projector)} if config.projector else {}),
         **reading(config.columns, config.format),
     }

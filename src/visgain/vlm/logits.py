@@ -21,7 +21,7 @@ from visgain.errors import ModelError
 
 
 def answer_logits(
-    model: PreTrainedModel | nn.Module,
+    model: PreTrainedModel | Callable[..., Any],
     inputs: Mapping[str, Any],
     wanted: Bool[Tensor, "B T"],
     head: nn.Module | None = None,
@@ -29,7 +29,7 @@ def answer_logits(
     """Float32 logits that predict the tokens at `wanted` (N in all), in row-major order. Position 0 is never predicted.
 
     The head itself runs in float32 whatever the model's dtype: rounding logits to 16 bits alone moves a gain by
-    hundredths of a nat. `head`: the output embeddings, where `model` is a wrapper that does not tell. Differentiable.
+    hundredths of a nat. `head`: the output embeddings, where `model` is a function that does not tell. Differentiable.
     Raises ModelError if the model does not call its output head once on all hidden states.
     """
     predicting = torch.zeros_like(wanted)
@@ -38,7 +38,7 @@ def answer_logits(
         logits = model(**inputs, use_cache=False, return_dict=True).logits
     n_wanted = int(predicting.sum())
     if logits.shape[-2] != n_wanted:
-        raise ModelError(f"{type(model).__name__} does not take logits at chosen positions; please report this model")
+        raise ModelError("this model does not take logits at chosen positions; please report it")
     result: Tensor = logits.reshape(n_wanted, logits.shape[-1]).float()
     return result
 
@@ -48,7 +48,7 @@ def token_nll(logits: Float32[Tensor, "N V"], targets: Int64[Tensor, " N"]) -> F
     return torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets[:, None])[:, 0]
 
 
-def output_head(model: PreTrainedModel | nn.Module) -> nn.Module:
+def output_head(model: PreTrainedModel | Callable[..., Any]) -> nn.Module:
     """The module that turns hidden states into logits. Raises ModelError if the model has none."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if not isinstance(head, nn.Module):
