@@ -31,7 +31,11 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
@@ -257,7 +261,7 @@ def load_language(name: str) -> Language:
     """
     config = _config(name)
     text = getattr(config, "text_config", None)
-    if getattr(config, "vision_config", None) is not None and text is not None:
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and text is not None:
         model = _language_part(name, config, text)
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder:
         model = _loaded(AutoModelForCausalLM, name, config, "causal language model")
