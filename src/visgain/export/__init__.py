@@ -46,4 +46,10 @@ class Exporter(Protocol):
         ...
 
 
-EXPORTERS: Registry[Exporter] = Registry("exporter", {"hf": "visgain.export.hf:HuggingFace"})
+EXPORTERS: Registry[Exporter] = Registry(
+    "exporter",
+    {
+        "hf": "visgain.export.hf:HuggingFace",
+        "trl": "visgain.export.trl:Trl",
+    },
+)

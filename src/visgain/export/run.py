@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from visgain import __version__
 from visgain.config import ExportConfig
 from visgain.errors import StorageError
 from visgain.export import EXPORTERS, Exporter
+from visgain.export.pictures import FOLDER
 from visgain.export.rows import Selected, open_selected
 from visgain.registry import spec_of
-from visgain.storage import file_hash, storage_errors, write_json
+from visgain.storage import file_hash, read_json, storage_errors, write_json
 
 RECORD = "export.json"
 """What the folder is; `complete` becomes true when everything else is written."""
@@ -33,7 +35,7 @@ def run_export(config: ExportConfig) -> ExportSummary:
     """
     exporter: Exporter = EXPORTERS.make(config.to)
     selected = open_selected(config)
-    _claim(config)
+    _claim(config, selected.dataset.fingerprint)
     record = _record(config, exporter, selected)
     write_json(config.out / RECORD, {**record, "complete": False})
     notes = exporter.export(selected, config.out)
@@ -43,13 +45,17 @@ def run_export(config: ExportConfig) -> ExportSummary:
     )
 
 
-def _claim(config: ExportConfig) -> None:
+def _claim(config: ExportConfig, data_fingerprint: str) -> None:
     """Raises StorageError for a folder with somebody else's files: names like data.json could be theirs."""
     with storage_errors(config.out):
         config.out.mkdir(parents=True, exist_ok=True)
         ours = (config.out / RECORD).exists() or not any(config.out.iterdir())
     if not ours:
         raise StorageError(f"{config.out} holds files that are not of an export; use another --out")
+    if (config.out / RECORD).exists():
+        before = read_json(config.out / RECORD, "export")
+        if before.get("data_fingerprint") != data_fingerprint:  # pictures of other data may have the same names
+            shutil.rmtree(config.out / FOLDER, ignore_errors=True)
 
 
 def _record(config: ExportConfig, exporter: Exporter, selected: Selected) -> dict[str, Any]:

@@ -9,16 +9,18 @@ from pathlib import Path
 from visgain.storage import write_text
 
 _FUTURE = "from __future__ import annotations\n"
-_COMMON = re.compile(r"^from visgain\.export\.shims\.masks import [^(\n]+\n", re.M)
+_IMPORT = re.compile(r"^from visgain\.export\.shims\.(\w+) import [^(\n]+\n", re.M)
 _DOCSTRING = re.compile(r'\A""".*?"""\n', re.S)
 
 
 def shim_source(name: str) -> str:
-    """The source of shims/NAME.py, in which the line that imports from shims/masks.py has become that file."""
-    folder = files("visgain.export") / "shims"
-    source = (folder / f"{name}.py").read_text(encoding="utf-8")
-    common = _DOCSTRING.sub("", (folder / "masks.py").read_text(encoding="utf-8")).replace(_FUTURE, "")
-    return _COMMON.sub(lambda _: common.strip() + "\n", source, count=1)
+    """The source of shims/NAME.py, in which a line that imports from another shim has become that shim."""
+    source = (files("visgain.export") / "shims" / f"{name}.py").read_text(encoding="utf-8")
+    return _IMPORT.sub(lambda found: _body(shim_source(found[1])), source)
+
+
+def _body(source: str) -> str:
+    return _DOCSTRING.sub("", source).replace(_FUTURE, "").strip() + "\n"
 
 
 def write_shim(out: Path, name: str, file_name: str | None = None) -> Path:

@@ -1,4 +1,9 @@
-"""For the Hugging Face Trainer: the user's own collator, with -100 on every label that is not to carry loss."""
+"""For the Hugging Face Trainer and TRL's SFTTrainer: the user's own collator, with -100 on every label that is not to
+carry loss, and a loss that knows weights and survives steps without any label.
+
+    masks = Masks("export/masks.safetensors", decode=processor.tokenizer.decode)
+    trainer = Trainer(..., data_collator=SelectiveCollator(collator, masks))
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.nn.functional import cross_entropy
 
-from visgain.export.shims.masks import Masks
+from visgain.export.shims.masks import IGNORED, MaskError, Masks
 
 ROW = "visgain_row"
-"""The field by which a collator knows which row it sees."""
+"""The field of a row, or of its first message, by which a collator knows which row it sees."""
+
+WEIGHT = "visgain_weight"
+"""The field of a batch that holds the weights of its labels: float32 [B, T]. Soft selections have it alone."""
 
 
-class SelectedRows(Dataset):  # type: ignore[type-arg]
-    """The kept rows of a dataset, each with its number: `dataset[row]` is any mapping."""
+class SelectedRows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """The kept rows of the dataset that was scored, each with its number: `dataset[row]` is any mapping."""
 
     def __init__(self, dataset: Any, masks: Masks) -> None:
+        if len(masks) and int(masks.rows[-1]) >= len(dataset):
+            raise MaskError(f"the selection has row {int(masks.rows[-1])}, this dataset has {len(dataset)} rows")
         self.dataset, self.masks = dataset, masks
 
     def __len__(self) -> int:
@@ -29,18 +39,142 @@ class SelectedRows(Dataset):  # type: ignore[type-arg]
 
 
 class SelectiveCollator:
-    """A collator round another one, whose `labels` [B, T] may carry loss where the selection says so alone.
+    """A collator round another one, whose `labels` [B, T] carry loss where the selection says so alone.
 
-    Rows are recognised by the field ROW, which is taken away before `collator` sees them. Raises MaskError where labels
-    are not the tokens that were scored.
+    Rows are recognised by the field ROW of the row or of its first message, which `collator` does not get to see.
+    `weights`: for a soft selection, True adds WEIGHT to the batch, which the trainers below take, and False has all
+    kept tokens count alike. Raises MaskError where labels are not the tokens that were scored.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], masks: Masks) -> None:
-        self.collator, self.masks = collator, masks
+    def __init__(
+        self, collator: Callable[[list[dict[str, Any]]], Any], masks: Masks, weights: bool | None = None
+    ) -> None:
+        if masks.soft and weights is None:
+            raise MaskError(
+                "this selection has soft weights: say weights=True, and let the trainer be a WeightedLoss "
+                "(WeightedSFT with TRL), or weights=False to let all kept tokens count alike"
+            )
+        self.collator, self.masks, self.weights = collator, masks, bool(weights) and masks.soft
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Any:
-        masks = [self.masks.of(row[ROW]) for row in rows]
-        batch = self.collator([{name: value for name, value in row.items() if name != ROW} for row in rows])
-        labels = [self.masks.labels(mask, batch["labels"][k]) for k, mask in enumerate(masks)]
-        batch["labels"] = torch.stack(labels)
+        masks = [self.masks.of(_number(row)) for row in rows]
+        batch = self.collator([_without_number(row) for row in rows])
+        labels = batch["labels"]
+        weights = torch.stack([self.masks.weights(mask, labels[k]) for k, mask in enumerate(masks)])
+        batch["labels"] = labels.masked_fill(weights == 0, IGNORED)
+        if self.weights:
+            batch[WEIGHT] = weights
         return batch
+
+
+def _number(row: dict[str, Any]) -> int:
+    for place in (row, *(row.get("messages") or ())[:1]):
+        if ROW in place:
+            return int(place[ROW])
+    raise MaskError(
+        f"a row has no {ROW!r}, only {', '.join(map(repr, row)) or 'nothing'}: train on SelectedRows or on the "
+        "exported file, with remove_unused_columns=False"
+    )
+
+
+def _without_number(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as it was, less what `datasets` adds: a field that one part has becomes None in all others."""
+    row = {name: value for name, value in row.items() if name != ROW}
+    if row.get("messages"):
+        row["messages"] = [_message(message) for message in row["messages"]]
+    return row
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    message = {name: value for name, value in message.items() if name != ROW and value is not None}
+    if isinstance(message.get("content"), list):
+        message["content"] = [{k: v for k, v in part.items() if v is not None} for part in message["content"]]
+    return message
+
+
+class WeightedLoss:
+    """`class MyTrainer(WeightedLoss, Trainer)`: the loss is sum(weight * nll) / sum(weight) over an optimiser step.
+
+    Without WEIGHT in the batch every label counts as one. A step without any label is a loss of 0 and not nan.
+    """
+
+    loss_is_scaled_for_ga = True  # by get_batch_samples, which sees the whole step
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # what versions before `loss_is_scaled_for_ga` ask
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of one step, and the sum of their weights over all devices."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        return batches, _total(self, batches)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs = dict(inputs)
+        labels, weight = inputs.pop("labels"), inputs.pop(WEIGHT, None)
+        outputs = model(**inputs)
+        weight = _shifted(labels, weight)
+        logits = outputs.logits[:, :-1].float()
+        nll = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none")
+        total = weight.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = (nll.view_as(weight) * weight).sum() / _not_zero(total)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
+            loss = loss * self.accelerator.num_processes  # type: ignore[attr-defined] # gradients are averaged over devices
+        return (loss, outputs) if return_outputs else loss
+
+
+class WeightedSFT:
+    """`class MyTrainer(WeightedSFT, SFTTrainer)`: the same for TRL's trainer, whose fused head it keeps.
+
+    It multiplies the log-probabilities that the head returns. TRL guards steps without labels itself.
+    """
+
+    _per_label = 1.0
+    """What turns TRL's division by the number of labels of a step into one by the sum of their weights."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, count = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if count is not None:
+            self._per_label = count / _not_zero(_total(self, batches))
+        return batches, count
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs = dict(inputs)
+        weight = _shifted(inputs["labels"], inputs.pop(WEIGHT, None))
+        per_label = self._per_label
+        if num_items_in_batch is None:
+            per_label = (inputs["labels"][:, 1:] != IGNORED).sum() / _not_zero(weight.sum())
+
+        def weigh(_module: Any, _inputs: Any, outputs: Any) -> None:
+            if getattr(outputs, "log_probs", None) is not None:
+                outputs.log_probs = outputs.log_probs * weight * per_label
+
+        hook = model.register_forward_hook(weigh)
+        try:
+            return super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        finally:
+            hook.remove()
+
+
+def _shifted(labels: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Weights of what positions 0 to T - 2 predict: float32 [B, T - 1]."""
+    return ((labels != IGNORED).float() if weight is None else weight.to(labels.device))[:, 1:]
+
+
+def _total(trainer: Any, batches: Sequence[Any]) -> Any:
+    """Sum of the weights of several batches, over all devices where Trainer counts labels over all of them."""
+    total = sum((_shifted(batch["labels"], batch.get(WEIGHT)).sum() for batch in batches), torch.zeros(()))
+    if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
+        total = trainer.accelerator.gather(total.to(trainer.args.device)).sum()
+    return total.to(trainer.args.device)
+
+
+def _not_zero(total: Any) -> Any:
+    total = torch.as_tensor(total)
+    return total + (total == 0)
