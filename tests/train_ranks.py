@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
-import visgain.training.run  # noqa: F401  (imported once, for all processes)
 from visgain.cli import main
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["train_ranks"])
+# By names that are found from everywhere: the server of Python 3.11 does not know of this folder.
+_server.set_forkserver_preload(
+    ["visgain.training.run", "transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava"]
+)
 
 
 def train_together(

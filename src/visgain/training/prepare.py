@@ -61,6 +61,12 @@ def _upper_layers(model: PreTrainedModel, first: int) -> set[int]:
     return {id(parameter) for layer in layers[first:] for parameter in layer.parameters()}
 
 
+def shard_by_layer(model: Any) -> None:
+    """Let FSDP cut `model` at the layers that it has. LLaVA names those of a text tower, which it has not, as well."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner._no_split_modules = set(inner._no_split_modules or ()) & {type(module).__name__ for module in model.modules()}
+
+
 def _with_lora(model: PreTrainedModel, recipe: Recipe, rank: int) -> Any:
     """Low-rank adapters on every linear layer of the language part; what was trainable stays so."""
     try:

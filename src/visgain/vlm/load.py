@@ -208,14 +208,17 @@ def load_processor(name: str, *, trust_remote_code: bool = False) -> ProcessorMi
 
 
 def load_vlm(name: str, *, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False) -> VLM:
-    """Model and processor, on `device`, in eval mode. Raises ModelError with one line if that is impossible."""
+    """Model and processor, on `device`, in eval mode. `dtype` auto is that of the file.
+
+    Raises ModelError with one line if that is impossible.
+    """
     source = model_source(name)
     auto = _auto_class(source, name, trust_remote_code)
     processor = load_processor(name, trust_remote_code=trust_remote_code)
     try:
         model, loaded = auto.from_pretrained(
             source,
-            dtype=getattr(torch, dtype),
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
