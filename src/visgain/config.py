@@ -221,7 +221,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimiser steps; overrides the epochs, so that arms of different size can train equally long."""
     learning_rate: float | None = None
-    """Peak learning rate."""
+    """Peak learning rate; parts that the recipe gives one of their own keep that."""
     batch_size: int | None = None
     """Rows in one optimiser step, on all devices together."""
     micro_batch: int | None = None
@@ -234,18 +234,22 @@ class TrainConfig:
     """Mean over the active tokens of the whole optimiser step, or of each micro-batch and then over those."""
     projector: Path | None = None
     """Projector to put into the model, of the original LLaVA's pre-training stage: mm_projector.bin or .safetensors."""
-    template: str = "auto"
-    """Conversation template and image preparation; must be the one that was scored with."""
+    template: str | None = None
+    """Conversation template and image preparation; must be the one that was scored with [default: the recipe's]."""
     max_length: int | None = None
-    """Longest sequence in tokens, image tokens included [default: the profile's, else 2048]."""
+    """Longest sequence in tokens, image tokens included [default: the recipe's, else the template's]."""
     save_steps: int | None = None
     """Optimiser steps between checkpoints to resume from."""
     seed: int = 0
     """Seed of the data order and of everything drawn."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward pass; weights and optimiser are float32."""
+    gradient_checkpointing: bool | None = None
+    """Compute activations a second time in the backward pass instead of keeping them: less memory, more time."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the forward pass and of the saved model; what is trained, and its optimiser, are float32."""
+    parallel: str = "ddp"
+    """How processes share the model: ddp (each has it whole), fsdp, zero2, zero3, or a file of their settings."""
     device: str = "auto"
-    """cpu or auto, which takes the GPUs there are."""
+    """cpu or auto, which takes a GPU for each process."""
     report_to: tuple[str, ...] = ()
     """Experiment trackers of the Hugging Face Trainer, e.g. tensorboard."""
     max_pixels: int = 100_000_000
