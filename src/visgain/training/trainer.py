@@ -19,6 +19,7 @@ from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import DistributedType
 from jaxtyping import Float32
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -28,6 +29,7 @@ from visgain.training.checkpoint import CheckpointedTrainer
 from visgain.training.collate import TrainingRow
 from visgain.training.known import KnownRows
 from visgain.training.loss import averaged_by_micro_batch, summed_weight, weighed
+from visgain.training.optimiser import divide_by_rate
 from visgain.training.packing import PADDED, WAYS, Choice, Way, choose_way, cut, go_together, laid_out
 from visgain.training.ranks import from_first
 from visgain.training.recipe import Recipe
@@ -71,6 +73,13 @@ class SelectiveTrainer(CheckpointedTrainer):
         self.way = self._choose_way()
         self.pictures_matter = trains_more_than_language(self._inner(self.model))
         return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        is_new = self.optimizer is None
+        optimizer: Optimizer = super().create_optimizer(model)
+        if is_new:
+            divide_by_rate(optimizer, self._inner(self.model), self.recipe.learning_rates)
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoaderShard:
         """Shares of steps, as `_share` makes them."""
