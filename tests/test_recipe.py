@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import math
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from transformers import LlavaForConditionalGeneration
 
+from tiny_llava import clip_llava, qwen2_like, siglip_llava, vicuna_like
 from visgain.config import TrainConfig
 from visgain.data import open_dataset
 from visgain.errors import ConfigError
 from visgain.training.collate import Rows
 from visgain.training.prepare import prepare_model
-from visgain.training.recipe import load_recipe, recipe_names, resolve_recipe
+from visgain.training.recipe import RECIPES, Recipe, load_recipe, recipe_names, resolve_recipe
 from visgain.training.run import build_trainer, run_train
-from visgain.vlm.load import load_vlm
+from visgain.training.trainer import SelectiveTrainer
+from visgain.vlm.load import VLM, load_vlm
 from visgain.vlm.template import make_encoder
 
 
@@ -27,28 +38,197 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     assert load_recipe(name).learning_rate > 0
 
 
-def test_the_published_stages_are_what_was_published() -> None:
-    tune, align = load_recipe("tune"), load_recipe("align")
-    assert (tune.parts, tune.learning_rate, tune.batch_size) == (("projector", "language"), 2e-5, 128)
-    assert (align.parts, align.learning_rate, align.batch_size) == (("projector",), 1e-3, 256)
-    for recipe in (tune, align):
-        assert (recipe.schedule, recipe.warmup_ratio, recipe.epochs, recipe.weight_decay) == ("cosine", 0.03, 1, 0)
-        assert recipe.max_grad_norm == 1.0
+def test_general_recipes_are_the_published_ones_for_any_model() -> None:
+    """Where they differ is what depends on the model or the machine."""
+    free = {"template": "auto", "max_length": None, "dtype": "float32", "gradient_checkpointing": False, "workers": 0}
+    for general, published in (("align", "7b-align"), ("tune", "7b-tune"), ("lora", "7b-lora")):
+        ours, theirs = load_recipe(general), load_recipe(f"llava-1.5-{published}")
+        assert ours == replace(theirs, **free, micro_batch=ours.micro_batch)
 
 
-def test_the_optimiser_has_the_values_of_the_recipe(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
-    config = train_config(blank_model, small_world, tmp_path, recipe="align", batch_size=8, micro_batch=2, max_steps=50)
+# ---------------------------------------------------------------- published values, read back from what was built
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """One row of a paper's table, or of a script."""
+
+    trained: str  # a regular expression on names of parameters, of adapters too
+    rate: float
+    batch: int
+    template: str
+    decay: float = 0.0
+    length: int = 2048
+    projector_rate: float | None = None
+    language: str = "llama"
+
+
+ALL_WORDS = r"model\.language_model\.|lm_head\."
+BRIDGE = r"model\.multi_modal_projector\."
+UPPER_EYE = r"model\.vision_tower\.(.+\.)?layers\.(1[2-9]|[2-9][0-9])\."
+ADAPTERS = r"base_model\.model\.(model\.language_model\..+\.lora_[AB]\.|model\.multi_modal_projector\.)"
+
+PUBLISHED = {
+    "llava-1.5-7b-align": Published(trained=BRIDGE, rate=1e-3, batch=256, template="llava-1.5-align"),
+    "llava-1.5-13b-align": Published(trained=BRIDGE, rate=1e-3, batch=256, template="llava-1.5-align"),
+    "llava-1.5-7b-tune": Published(trained=f"{BRIDGE}|{ALL_WORDS}", rate=2e-5, batch=128, template="llava-1.5"),
+    "llava-1.5-13b-tune": Published(trained=f"{BRIDGE}|{ALL_WORDS}", rate=2e-5, batch=128, template="llava-1.5"),
+    "llava-1.5-7b-lora": Published(trained=ADAPTERS, rate=2e-4, projector_rate=2e-5, batch=128, template="llava-1.5"),
+    "sharegpt4v-7b-align": Published(
+        trained=f"{UPPER_EYE}|{BRIDGE}|{ALL_WORDS}", rate=2e-5, batch=256, template="sharegpt4v-align"
+    ),
+    "sharegpt4v-7b-tune": Published(trained=f"{BRIDGE}|{ALL_WORDS}", rate=2e-5, batch=128, template="sharegpt4v"),
+    "open-qwen2vl-2b-align": Published(
+        trained=f"{BRIDGE}|{ALL_WORDS}",
+        rate=5e-5,
+        batch=512,
+        decay=0.01,
+        length=4096,
+        template="llava-1.5-align",
+        language="qwen2",
+    ),
+    "open-qwen2vl-2b-tune": Published(
+        trained=f"{BRIDGE}|{ALL_WORDS}",
+        rate=2e-5,
+        batch=128,
+        decay=0.1,
+        length=4096,
+        template="open-qwen2vl",
+        language="qwen2",
+    ),
+}
+"""Method's tables once more, for tests alone."""
+
+EYES = 14
+"""Layers of the vision tower: more than twelve, so that it shows which are trained."""
+
+
+def deep(language: str) -> VLM:
+    """A LLaVA whose vision tower has as many layers as matter, with Llama, or as Open-Qwen2VL is built."""
+    vlm = clip_llava(vicuna_like("legacy"), 28) if language == "llama" else siglip_llava(qwen2_like(None), 28)
+    config = copy.deepcopy(vlm.model.config)
+    config.vision_config.num_hidden_layers = EYES
+    return replace(vlm, model=LlavaForConditionalGeneration(config))
+
+
+def built(name: str, data: Path, out: Path) -> tuple[SelectiveTrainer, VLM, Recipe]:
+    """What `visgain train --recipe NAME` builds, on 1,200 rows."""
+    config = TrainConfig(model="tiny", data=data, out=out, recipe=name, device="cpu")
     recipe = resolve_recipe(config)
-    vlm = load_vlm(str(blank_model))
-    rows = Rows(open_dataset(small_world / "data.json"), make_encoder(vlm), range(60))
-    trainer = build_trainer(prepare_model(vlm, recipe), vlm, rows, recipe, config)
-    trainer.create_optimizer_and_scheduler(num_training_steps=50)
-    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    projector = {id(p) for p in vlm.model.model.multi_modal_projector.parameters()}
-    assert trained == projector
-    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-3}
-    assert trainer.args.gradient_accumulation_steps == 4
-    assert trainer.args.get_warmup_steps(50) == 2
+    vlm = deep(PUBLISHED[name].language)
+    encoder = make_encoder(vlm, recipe.template, recipe.max_length)
+    rows = Rows(open_dataset(data), encoder, [number % 60 for number in range(1200)])
+    model = prepare_model(vlm, recipe)
+    return build_trainer(model, vlm, rows, recipe, config), vlm, recipe
+
+
+@pytest.fixture(params=PUBLISHED)
+def published(
+    request: pytest.FixtureRequest, small_world: Path, tmp_path: Path
+) -> tuple[Published, SelectiveTrainer, VLM, Recipe]:
+    return PUBLISHED[request.param], *built(request.param, small_world / "data.json", tmp_path)
+
+
+def test_every_published_recipe_is_looked_at() -> None:
+    general = {"align", "tune", "lora"}
+    assert {name for name in recipe_names() if not name.startswith("embedded-")} == PUBLISHED.keys() | general
+
+
+def test_exactly_the_published_parameters_are_trained_with_their_rates_and_decay(published: Any) -> None:
+    table, trainer, _, _ = published
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    trained = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert len(trained) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert set(trained) == {name for name in names.values() if re.match(table.trained, name)} != set()
+    assert set(trained) == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    shapes = {name: parameter.ndim for name, parameter in trainer.model.named_parameters()}
+    for name, group in trained.items():
+        bridge = "multi_modal_projector" in name
+        assert group["lr"] == (table.projector_rate if bridge and table.projector_rate else table.rate), name
+        assert group["weight_decay"] == (table.decay if shapes[name] > 1 else 0.0), name
+        assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
+    assert type(optimizer).__name__ == "AdamW"
+
+
+def test_the_rate_rises_for_three_percent_of_the_steps_and_falls_as_a_cosine(published: Any) -> None:
+    table, trainer, _, _ = published
+    steps, warm = 1000, 30
+    trainer.create_optimizer_and_scheduler(steps)
+    peaks = [group["initial_lr"] for group in trainer.optimizer.param_groups]
+    assert set(peaks) == {table.rate} | ({table.projector_rate} - {None})
+    wanted = {0, 1, 15, 30, 31, 270, 515, 999, 1000}
+    for step in range(steps + 1):
+        if step in wanted:
+            share = step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+            assert trainer.lr_scheduler.get_last_lr() == pytest.approx([peak * share for peak in peaks], abs=1e-12)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+
+
+def test_batches_template_length_and_precision_are_the_published_ones(published: Any) -> None:
+    table, trainer, vlm, recipe = published
+    batches = list(trainer.get_train_dataloader().batch_sampler)
+    assert {len(batch) for batch in batches[:-1]} == {table.batch}
+    assert len(batches) == math.ceil(1200 / table.batch)
+    assert trainer.args.num_train_epochs == 1
+    assert trainer.args.max_steps == -1
+    assert trainer.args.max_grad_norm == 1.0
+    assert trainer.args.bf16
+    encoder = make_encoder(vlm, recipe.template, recipe.max_length)
+    assert (encoder.name, encoder.max_length) == (table.template, table.length)
+    assert recipe.loss_reduction == "global", "and --loss-reduction micro-batch for what was published"
+
+
+def test_adapters_stand_on_every_matrix_of_the_language_model_but_the_head(small_world: Path, tmp_path: Path) -> None:
+    trainer, vlm, _ = built("llava-1.5-7b-lora", small_world / "data.json", tmp_path)
+    layers = vlm.model.config.text_config.num_hidden_layers
+    adapted = {name for name, module in trainer.model.named_modules() if hasattr(module, "lora_A")}
+    assert len(adapted) == 7 * layers
+    assert all(".language_model.layers." in name for name in adapted)
+    [config] = trainer.model.peft_config.values()
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (128, 256, 0.05, "none")
+
+
+def test_a_step_from_layer_twelve_on_leaves_the_layers_below_as_they_were(small_world: Path, tmp_path: Path) -> None:
+    vlm = deep("llama")
+    vlm.model.save_pretrained(tmp_path / "base")
+    vlm.processor.save_pretrained(tmp_path / "base")
+    config = TrainConfig(
+        model=str(tmp_path / "base"),
+        data=captions(small_world, tmp_path),
+        image_root=small_world,
+        out=tmp_path / "out",
+        recipe="sharegpt4v-7b-align",
+        batch_size=4,
+        max_steps=1,
+        learning_rate=1e-2,
+        dtype="float32",
+        device="cpu",
+    )
+    # A first step of the warm-up would have a rate of zero.
+    recipe = yaml.safe_load((RECIPES / "sharegpt4v-7b-align.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**recipe, "warmup_ratio": 0.0, "workers": 0}))
+    run_train(replace(config, recipe=str(tmp_path / "mine.yaml")))
+    before, after = (load_vlm(str(tmp_path / name), device="cpu").model.state_dict() for name in ("base", "out"))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    eyes = {int(found[1]) for name in changed if (found := re.search(r"vision_tower.*layers\.(\d+)\.", name))}
+    # LLaVA looks at the last layer but one, so nothing reaches the last.
+    assert eyes == {12}
+    assert not any("vision_tower" in name and "layers." not in name for name in changed)
+    assert any("multi_modal_projector" in name for name in changed)
+    assert any("language_model.layers.0." in name for name in changed)
+
+
+def captions(world: Path, out: Path) -> Path:
+    """One-turn rows of the world: what the align templates take."""
+    rows = [row for row in json.loads((world / "data.json").read_text()) if "image" in row]
+    rows = [{**row, "conversations": row["conversations"][:2]} for row in rows][:8]
+    (out / "captions.json").write_text(json.dumps(rows))
+    return out / "captions.json"
+
+
+# ---------------------------------------------------------------- what a recipe may say
 
 
 @pytest.mark.parametrize(
@@ -62,6 +242,12 @@ def test_the_optimiser_has_the_values_of_the_recipe(blank_model: Path, small_wor
         ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 0", "micro_batch is 0"),
         ("parts: [vision]\nlearning_rate: 1\nbatch_size: two\nmicro_batch: 1", "batch_size is 'two'"),
         ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nmax_steps: 2.5", "max_steps is 2.5"),
+        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nlearning_rates: 3", "a mapping of parts"),
+        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nlearning_rates: {eyes: 3}", "part 'eyes'"),
+        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nlearning_rates: {vision: x}", "is 'x'"),
+        ("parts: [language]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nvision_from_layer: 3", "not among"),
+        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nvision_from_layer: -1", "from_layer is -1"),
+        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\ndtype: float16", "dtype is 'float16'"),
         ("- a list", "mapping"),
         ("a: [", "cannot read recipe"),
     ],
@@ -95,6 +281,26 @@ def test_an_unknown_schedule_is_one_clear_message(blank_model: Path, small_world
 def test_an_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'align'"):
         load_recipe("aling")
+
+
+def test_layers_that_the_tower_does_not_have_are_one_clear_message() -> None:
+    recipe = replace(load_recipe("sharegpt4v-7b-align"), vision_from_layer=EYES)
+    with pytest.raises(ConfigError, match=f"vision_from_layer is {EYES}, and the vision part has {EYES} layers"):
+        prepare_model(deep("llama"), recipe)
+
+
+def test_flags_win_over_what_a_recipe_says_of_texts_and_precision() -> None:
+    options = {"template": "chat", "max_length": 64, "dtype": "float32", "gradient_checkpointing": False}
+    config = TrainConfig(model="m", data=Path("d"), out=Path("o"), recipe="llava-1.5-7b-tune", **options)
+    recipe = resolve_recipe(config)
+    assert {name: getattr(recipe, name) for name in options} == options
+    published = load_recipe("llava-1.5-7b-tune")
+    assert resolve_recipe(replace(config, **dict.fromkeys(options))) == published
+
+
+def test_parts_without_the_vision_tower_leave_its_layers_out() -> None:
+    config = TrainConfig(model="m", data=Path("d"), out=Path("o"), recipe="sharegpt4v-7b-align", parts=("projector",))
+    assert resolve_recipe(config).vision_from_layer is None
 
 
 def test_flags_win_over_the_recipe() -> None:

@@ -61,7 +61,7 @@ def training_arguments(recipe: Recipe, config: TrainConfig) -> TrainingArguments
         report_to=list(config.report_to) or "none",
         disable_tqdm=False,
         remove_unused_columns=False,
-        dataloader_num_workers=recipe.workers,
+        dataloader_num_workers=min(recipe.workers, os.cpu_count() or 1),
         dataloader_pin_memory=not use_cpu,
         average_tokens_across_devices=True,
         # What runs may have no gradient all the same: LLaVA does not look at the last layer of its vision tower.
