@@ -50,6 +50,14 @@ EXPORTERS: Registry[Exporter] = Registry(
     "exporter",
     {
         "hf": "visgain.export.hf:HuggingFace",
+        "llava": "visgain.export.llava:Llava",
+        "llava-json": "visgain.export.llava:LlavaJson",
+        "llava-next": "visgain.export.llava:LlavaNext",
+        "nanovlm": "visgain.export.nanovlm:NanoVLM",
+        "open-qwen2vl": "visgain.export.llava:OpenQwen2VL",
+        "prismatic": "visgain.export.llava:Prismatic",
+        "sharegpt4v": "visgain.export.llava:ShareGPT4V",
+        "tinyllava": "visgain.export.llava:TinyLlava",
         "trl": "visgain.export.trl:Trl",
     },
 )

@@ -1,0 +1,6 @@
+"""Stands for LLaVA's llava/train/train_mem.py."""
+
+from llava.train.train import train
+
+if __name__ == "__main__":
+    train(attn_implementation="flash_attention_2")
