@@ -1,0 +1,85 @@
+"""Export to LLaMA-Factory: a dataset of the kept rows, their masks, and a program that tokenises in its place.
+
+LLaMA-Factory lets no column through its tokenisation. What it does let through, up to its tokeniser, is a row's list of
+tools, a text: the row's number travels there. Our program (shims/llama_factory.py) runs LLaMA-Factory's own
+tokenisation, takes the number out, and holds the labels to the masks. Without it LLaMA-Factory takes the text for a
+list of tools, fails to parse it and stops, so that nobody trains on all tokens by mistake.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from visgain.errors import ConfigError
+from visgain.export.conversations import TABLE, messages_of, require_ends_of_turns, without_breaks, write_table
+from visgain.export.masks import MaskWriter, open_masks
+from visgain.export.pictures import picture_paths
+from visgain.export.rows import Selected
+from visgain.export.shim import write_shim
+from visgain.export.shims.llama_factory import DATASET, TOKENIZED, row_text
+from visgain.storage import write_json, write_text
+
+_SCHEMA = pa.schema(
+    {
+        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "images": pa.list_(pa.string()),
+        "visgain": pa.string(),
+    }
+)
+
+_INFO = {
+    DATASET: {
+        "file_name": TABLE,
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "images": "images", "tools": "visgain"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    }
+}
+
+_LINES = """\
+# What a configuration of LLaMA-Factory needs to train on this selection (docs/trainers/llama-factory.md).
+stage: sft
+dataset: {dataset}
+dataset_dir: {out}
+tokenized_path: {tokenized}
+"""
+
+
+@dataclass(frozen=True)
+class LlamaFactory:
+    """`--to llama-factory`. Selections with soft weights are refused: its loss knows labels alone."""
+
+    def export(self, selected: Selected, out: Path) -> Sequence[str]:
+        require_ends_of_turns(selected, "LLaMA-Factory")
+        if selected.soft:
+            raise ConfigError("LLaMA-Factory's loss has no weights of tokens; select with --weights hard")
+        shutil.rmtree(out / TOKENIZED, ignore_errors=True)  # made of a former export, and LLaMA-Factory would take it
+        with open_masks(out, selected) as masks:
+            write_table(out / TABLE, _rows(selected, masks, out), _SCHEMA)
+        write_json(out / "dataset_info.json", _INFO)
+        folder = out.absolute()
+        lines = _LINES.format(dataset=DATASET, out=folder, tokenized=folder / TOKENIZED)
+        write_text(out / "selection.yaml", lines)
+        shim = write_shim(out, "llama_factory", "visgain_labels.py")
+        return [
+            f"add the lines of {out / 'selection.yaml'} to your configuration, say train.yaml, and run:",
+            f"  python {shim} train.yaml && llamafactory-cli train train.yaml",
+        ]
+
+
+def _rows(selected: Selected, masks: MaskWriter, out: Path) -> Iterator[dict[str, Any]]:
+    chat = selected.identity.get("template") == "chat"
+    for kept in selected:
+        masks.add(kept)
+        messages = messages_of(kept.sample)
+        yield {
+            "messages": without_breaks(messages) if chat else messages,
+            "images": picture_paths(kept, out),
+            "visgain": row_text(kept.row),
+        }
