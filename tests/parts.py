@@ -13,6 +13,10 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     GemmaConfig,
@@ -88,13 +92,25 @@ def _siglip2() -> tuple[Any, Any]:
     return Siglip2Model(config), Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=9)
 
 
+def _dinov2() -> tuple[Any, Any]:
+    """No text was near it, but it is a tower as well."""
+    return Dinov2Model(Dinov2Config(**EYE, image_size=SIDE, use_swiglu_ffn=False)), _clip()[1]
+
+
+def _dinov2_with_registers() -> tuple[Any, Any]:
+    return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**EYE, image_size=SIDE)), _clip()[1]
+
+
 TOWERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "clip": _clip,
     "clip tower": _clip_tower,
     "siglip": _siglip,
     "siglip tower": _siglip_tower,
     "siglip2": _siglip2,
+    "dinov2": _dinov2,
 }
+NO_TOWERS = {"dinov2 with registers": _dinov2_with_registers}
+"""Those that give more than a vector a patch and a class token."""
 
 
 def _llama() -> tuple[Any, Any]:

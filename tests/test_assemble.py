@@ -25,7 +25,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import convert_ima
 
 import golden
 from naive import naive_nll, picture
-from parts import LANGUAGES, NO_LANGUAGES, PATCH, SIDE, TOWERS, save
+from parts import LANGUAGES, NO_LANGUAGES, NO_TOWERS, PATCH, SIDE, TOWERS, save
 from tiny_models import make_sample
 from visgain.config import AssembleConfig, ScoreConfig, TrainConfig
 from visgain.errors import ModelError
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def part(folder: Path, name: str) -> Path:
-    return save({**TOWERS, **LANGUAGES, **NO_LANGUAGES}[name], folder / name.replace(" ", "-"))
+    return save({**TOWERS, **NO_TOWERS, **LANGUAGES, **NO_LANGUAGES}[name], folder / name.replace(" ", "-"))
 
 
 @cache
@@ -126,7 +126,7 @@ def test_the_projector_sees_what_the_tower_alone_gives(pair: tuple[str, str, VLM
             mask = torch.ones(1, patches.shape[1], dtype=torch.int64)
             inputs = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor([[3, 3]])}
         expected = alone(**inputs, output_hidden_states=True).hidden_states[-2]
-    expected = expected[:, 1:] if tower.startswith("clip") else expected
+    expected = expected[:, 1:] if tower.startswith(("clip", "dinov2")) else expected
     assert torch.allclose(seen[0], expected, rtol=0, atol=1e-5 if tower == "siglip2" else 1e-6)
     assert seen[0].shape[1] == (SIDE // PATCH) ** 2
 
@@ -450,6 +450,7 @@ def at(name: str) -> Where:
     [
         (lambda _: Path("/no/such"), at("llama"), "neither a model folder nor a hub name"),
         (at("llama"), at("llama"), "is no vision tower: its configuration has no one image_size"),
+        (at("dinov2 with registers"), at("llama"), "gives 14 vectors for 9 patches"),
         (no_pictures, at("llama"), "cannot load the image processor of"),
         (at("clip"), at("siglip"), "is a siglip model, which is no causal language model"),
         (at("clip"), at("clip tower"), "which is no causal language model"),

@@ -21,6 +21,7 @@ VERBS = {
     "select": configs.SelectConfig,
     "eval": configs.EvalConfig,
     "analyze": configs.AnalyzeConfig,
+    "assemble": configs.AssembleConfig,
     "train": configs.TrainConfig,
     "export": configs.ExportConfig,
     "report": configs.ReportConfig,

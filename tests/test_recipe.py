@@ -180,6 +180,20 @@ def test_batches_template_length_and_precision_are_the_published_ones(published:
     assert recipe.loss_reduction == "global", "and --loss-reduction micro-batch for what was published"
 
 
+def test_the_table_of_the_docs_has_the_values_of_the_recipes() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
+    assert {row[0] for row in rows} == PUBLISHED.keys()
+    for name, trained, *numbers in rows:
+        recipe = load_recipe(name)
+        assert all(part in trained for part in recipe.parts)
+        assert (recipe.vision_from_layer is None) == ("from layer 12" not in trained)
+        assert numbers[3:] == [recipe.template, str(recipe.max_length)]
+        found = [float(number) for number in numbers[:3]]
+        assert found == [recipe.learning_rate, recipe.batch_size, recipe.weight_decay]
+
+
 def test_adapters_stand_on_every_matrix_of_the_language_model_but_the_head(small_world: Path, tmp_path: Path) -> None:
     trainer, vlm, _ = built("llava-1.5-7b-lora", small_world / "data.json", tmp_path)
     layers = vlm.model.config.text_config.num_hidden_layers
