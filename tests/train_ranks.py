@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,25 +22,37 @@ _server.set_forkserver_preload(
 )
 
 
+TIME = 120
+"""Seconds that ranks have; who needs longer hangs."""
+
+
 def train_together(
     folder: Path, arguments: Sequence[object], *, world: int = 2, before: Callable[[], None] | None = None
 ) -> list[int]:
     """Run `visgain train ARGUMENTS` in `world` ranks over gloo and return their exit codes.
 
-    `before`, a function at the top of a module, runs first in every rank. What a rank tells is in
-    `folder/told-RANK.txt`. Ranks that still run after two minutes hang: they are killed and have the code -9.
+    "{rank}" in an argument becomes the rank's number. `before`, a function at the top of a module, runs first in every
+    rank. What a rank tells is in `folder/told-RANK.txt`. When one fails the others are killed, as torchrun does, and
+    after TIME all.
     """
     port = str(_free_port())
     words = ["train", *map(str, arguments)]
     processes = [
-        _server.Process(target=_train, args=(words, rank, world, port, folder / f"told-{rank}.txt", before))
+        _server.Process(
+            target=_train,
+            args=([w.format(rank=rank) for w in words], rank, world, port, folder / f"told-{rank}.txt", before),
+        )
         for rank in range(world)
     ]
     for process in processes:
         process.start()
     try:
-        for process in processes:
-            process.join(120)
+        deadline = time.monotonic() + TIME
+        while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+            if any(p.exitcode for p in processes):
+                time.sleep(1)  # for the last words of the others
+                break
+            time.sleep(0.05)
     finally:
         for process in processes:
             process.kill()
@@ -60,11 +74,47 @@ def _train(words: list[str], rank: int, world: int, port: str, told: Path, befor
         LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=port,
+        OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
     descriptor = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, sys.stderr.fileno())
     os.dup2(descriptor, sys.stdout.fileno())
+    faulthandler.dump_traceback_later(TIME - 10)  # where it hangs
     if before is not None:
         before()
     main(words)
+
+
+# ---------------------------------------------------------------- what may happen first in a rank
+
+
+def shard_on_cpu() -> None:
+    """Let Accelerate shard models on CPU, which it refuses although PyTorch can, by telling it that this is a GPU."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    def set_device(self: PartialState) -> None:
+        self.device = torch.device("cpu")
+
+    torch.distributed.init_process_group("gloo")
+    PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = set_device
+
+
+def die_in_the_second_checkpoint() -> None:
+    """Kill this process when its files of the second checkpoint are written and the checkpoint is not yet complete."""
+    from transformers import Trainer
+
+    from visgain.training.checkpoint import CheckpointedTrainer
+
+    save, saved = Trainer._save_checkpoint, []
+
+    def dying(self: Trainer, *args: object) -> None:
+        save(self, *args)
+        saved.append(self.state.global_step)
+        if len(saved) == 2:
+            os.kill(os.getpid(), 9)
+
+    Trainer._save_checkpoint = dying
+    assert CheckpointedTrainer._save_checkpoint is not dying

@@ -48,7 +48,8 @@ class CheckpointedTrainer(Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if not isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.should_save and not sharded and not isinstance(self.model, PreTrainedModel):
             # An adapter's checkpoint leaves out whatever else is trained beside it, such as the projector.
             trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
             save_file(trained, Path(output_dir or self.args.output_dir) / BESIDE_ADAPTER)

@@ -5,6 +5,7 @@ The trained model is a plain Hugging Face folder at --out. Checkpoints to resume
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class TrainSummary:
     rows: int
     steps: int
     active_tokens: int  # that carried loss, counted once for each time
-    mean_loss: float  # nats, over the steps of this start
+    mean_loss: float  # nats, over the steps
     seconds: float
 
 
@@ -84,7 +85,7 @@ def run_train(config: TrainConfig) -> TrainSummary:
         rows=len(rows),
         steps=int(result.global_step),
         active_tokens=trainer.active_tokens,
-        mean_loss=float(result.training_loss),
+        mean_loss=mean_loss(trainer.state.log_history),
         seconds=float(result.metrics["train_runtime"]),
     )
     trained = whole_model(trainer, empty)
@@ -93,6 +94,12 @@ def run_train(config: TrainConfig) -> TrainSummary:
         write_json(config.out / SUMMARY, asdict(summary))
     leave()
     return summary
+
+
+def mean_loss(history: Sequence[Mapping[str, float]]) -> float:
+    """Of all steps, those of earlier starts too; 0 without any."""
+    losses = [logged["loss"] for logged in history if "loss" in logged]
+    return sum(losses) / max(len(losses), 1)
 
 
 def _begin(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> tuple[TrainSummary | None, Path | None]:
