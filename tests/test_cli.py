@@ -61,7 +61,7 @@ SURFACE = {
         "--benchmarks --counterfactual --data --device --dtype --image-root --max-length --model "
         "--no-trust-remote-code --out --part-of-speech --rows --scores --template --trust-remote-code"
     ),
-    "report": "--analyses --data --evals --image-root --out --results --samples --scores --selection --truth",
+    "report": "--ablation --analyses --data --evals --image-root --out --results --samples --scores --selection --truth",
     "show": "--data --scores ROW",
     "world": "--bias --out --rows --seed --split",
     "list": "",

@@ -20,6 +20,7 @@ VERBS = {
     "score": configs.ScoreConfig,
     "select": configs.SelectConfig,
     "eval": configs.EvalConfig,
+    "ablate": configs.AblateConfig,
     "analyze": configs.AnalyzeConfig,
     "assemble": configs.AssembleConfig,
     "train": configs.TrainConfig,

@@ -457,6 +457,8 @@ class ReportConfig:
     """Folder that `visgain analyze` wrote, to show its tables."""
     results: Path | None = None
     """demo.json of a demo run, to show its table of arms."""
+    ablation: Path | None = None
+    """Folder that `visgain ablate` wrote, to show its tables and figure."""
     samples: int = 24
     """Samples to show with their pictures."""
 
@@ -536,12 +538,12 @@ class AblateConfig:
     """What the dataset's fields are called, as in messages=dialog,images=pictures [default: found by their names]."""
     format: str | None = None
     """Data format or layout of rows, by a name of `visgain list` [default: recognised]."""
-    template: str = "auto"
-    """Conversation template and image preparation."""
+    template: str | None = None
+    """Conversation template and image preparation [default: the recipe's]."""
     max_length: int | None = None
-    """Longest sequence in tokens, image tokens included [default: the template's]."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward pass in training."""
+    """Longest sequence in tokens, image tokens included [default: the recipe's, else the template's]."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the forward pass in training [default: the recipe's]."""
     device: str = "auto"
     """cpu or auto, which takes a GPU if there is one."""
     trust_remote_code: bool = False

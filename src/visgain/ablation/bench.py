@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from visgain.ablation.metrics import HELD_OUT, WORLD, Metric, numbers
 from visgain.ablation.on_data import PLACE, divide, held_out_metrics, without_rows, write_tested
@@ -19,12 +19,13 @@ from visgain.evaluation.run import run_eval
 from visgain.scoring.claims import alone
 from visgain.scoring.run import run_score
 from visgain.storage import read_json, scan_scores
-from visgain.training.recipe import Recipe, load_recipe
+from visgain.training.recipe import Recipe, resolve_recipe
 
 WORLD_STEPS = 150
 WORLD_TEST_ROWS = 1000
 
 
+@runtime_checkable
 class Bench(Protocol):
     """One seed: its data, its scores, how it is trained on and tested. What costs is made when first asked for."""
 
@@ -43,8 +44,9 @@ class Bench(Protocol):
         ...
 
 
-def recipe_of(config: AblateConfig) -> str:
-    return config.recipe or ("tune" if config.data else "embedded-tune")
+def recipe_of(config: AblateConfig) -> Recipe:
+    """The recipe of every arm, with the options laid over it. Raises ConfigError."""
+    return resolve_recipe(_train_config(config, config.out, config.out, 0, None))
 
 
 def open_bench(config: AblateConfig, seed: int) -> Bench:
@@ -109,7 +111,7 @@ class WorldBench:
 
     def train(self, cell: Path) -> TrainConfig:
         steps = None if self.config.equal == "epochs" else self.config.steps or WORLD_STEPS
-        return train_config(self.config, self.world.train, cell, self.seed, steps)
+        return _train_config(self.config, self.world.train, cell, self.seed, steps)
 
     def evaluate(self, model: str, cell: Path, name: str) -> Mapping[str, float]:
         return numbers(self.world.evaluate(model, name)) | asked_benchmarks(self.config, model, cell)
@@ -140,7 +142,7 @@ class DataBench:
 
     def train(self, cell: Path) -> TrainConfig:
         steps = None if self.config.equal == "epochs" else self.config.steps or self._steps_of_all
-        options = train_config(self.config, self.data, cell, self.seed, steps)
+        options = _train_config(self.config, self.data, cell, self.seed, steps)
         return replace(
             options, image_root=self.config.image_root, columns=self.config.columns, format=self.config.format
         )
@@ -190,9 +192,8 @@ class DataBench:
     @cached_property
     def _steps_of_all(self) -> int:
         """How many steps the recipe takes for every row that vanilla trains on."""
-        recipe = load_recipe(recipe_of(self.config))
         readable = scan_scores(self.scores(None), ["skip_reason"], description="counting rows")
-        return steps_of(recipe, sum(table.column("skip_reason").null_count for table in readable))
+        return steps_of(recipe_of(self.config), sum(table.column("skip_reason").null_count for table in readable))
 
 
 def steps_of(recipe: Recipe, n_rows: int) -> int:
@@ -212,23 +213,36 @@ def scored(config: ScoreConfig) -> Path:
     return config.out
 
 
-def train_config(config: AblateConfig, data: Path, cell: Path, seed: int, steps: int | None) -> TrainConfig:
+def _train_config(config: AblateConfig, data: Path, cell: Path, seed: int, steps: int | None) -> TrainConfig:
     return TrainConfig(
         model=config.model,
         data=data,
         out=cell / "model",
         selection=cell / "selection",
-        recipe=recipe_of(config),
+        recipe=recipe_name(config),
         max_steps=steps,
         seed=seed,
+        template=config.template,
+        max_length=config.max_length,
         dtype=config.dtype,
-        **_model_options(config),
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
     )
 
 
+def recipe_name(config: AblateConfig) -> str:
+    return config.recipe or ("tune" if config.data else "embedded-tune")
+
+
 def _model_options(config: AblateConfig) -> dict[str, Any]:
-    """Options that scoring, training and benchmarks share."""
-    return {name: getattr(config, name) for name in ("template", "max_length", "device", "trust_remote_code")}
+    """Options that scoring and benchmarks share, as the recipe trains."""
+    recipe = recipe_of(config)
+    return {
+        "template": recipe.template,
+        "max_length": recipe.max_length,
+        "device": config.device,
+        "trust_remote_code": config.trust_remote_code,
+    }
 
 
 def asked_benchmarks(config: AblateConfig, model: str, cell: Path) -> dict[str, float]:

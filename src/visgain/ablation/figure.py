@@ -1,5 +1,6 @@
 """The figure of a study: a panel for each metric, its mean over seeds against active tokens, with intervals.
 
+A number beside a point is the share that its arm keeps; a kind with one arm has none.
 Drawn by hand as SVG, in one column so that it is readable on a phone. Equal input draws equal bytes.
 """
 
@@ -7,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.sax.saxutils import escape
 
 from visgain.ablation.metrics import Metric, written
+from visgain.ablation.result import Ablation
 from visgain.ablation.statistics import Interval
 from visgain.report.figures import nice_step
 
 WIDTH, HEIGHT = 560, 290  # of a panel
-LEFT, RIGHT, TOP, BOTTOM = 62, 18, 40, 44  # margins of its plot
+LEFT, RIGHT, TOP, BOTTOM = 62, 24, 40, 44  # margins of its plot
+BESIDE = 2.5  # between kinds, so that arms with equally many tokens do not hide each other
 KEY_ROW, KEY_COLUMNS = 22, 5
 MOST_WIDTH = 720  # on a large screen
 
@@ -59,6 +62,23 @@ class Scale:
         return [k * step for k in range(first, last + 1)]
 
 
+def panels(ablation: Ablation) -> list[Panel]:
+    """A panel for each metric that is shown: its mean and interval against active tokens."""
+    return [
+        Panel(
+            metric=metric,
+            points=tuple(
+                Point(
+                    kind=arm.kind, name=arm.name, tokens=arm.counts["active_tokens"], value=arm.metrics[metric["key"]]
+                )
+                for arm in ablation.arms
+                if metric["key"] in arm.metrics
+            ),
+        )
+        for metric in ablation.metrics
+    ]
+
+
 def draw(panels: Sequence[Panel]) -> str:
     """The whole figure; panels without points are left out."""
     panels = [panel for panel in panels if panel.points]
@@ -67,8 +87,8 @@ def draw(panels: Sequence[Panel]) -> str:
     key_height = KEY_ROW * math.ceil(len(kinds) / KEY_COLUMNS) + 10
     height = key_height + HEIGHT * len(panels)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="100%" '
-        f'style="max-width:{MOST_WIDTH}px" font-family="system-ui, sans-serif" font-size="13" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" preserveAspectRatio="xMinYMin" '
+        f'width="100%" style="max-width:{MOST_WIDTH}px" font-family="system-ui, sans-serif" font-size="13" role="img">',
         "<title>Metrics against active tokens, by arm</title>",
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
         *_key(colours),
@@ -106,9 +126,15 @@ def _panel(panel: Panel, colours: dict[str, str]) -> Iterator[str]:
     yield f'<text x="12" y="24" font-size="15" font-weight="600">{escape(panel.metric["label"] + unit)}'
     yield f'<tspan font-size="13" font-weight="400" fill="#555">{better}</tspan></text>'
     yield from _axes(panel.metric, x, y)
-    for kind in colours:
+    labels: list[str] = []  # above everything else
+    for number, kind in enumerate(colours):
         points = sorted((point for point in panel.points if point.kind == kind), key=lambda point: point.tokens)
-        yield from _series(points, colours[kind], x, y)
+        shift = BESIDE * (number - (len(colours) - 1) / 2)
+        beside = replace(x, start=x.start + shift, stop=x.stop + shift)
+        yield from _series(points, colours[kind], beside, y)
+        if len(points) > 1:
+            labels += [_share(point, colours[kind], beside, y) for point in points]
+    yield from labels
 
 
 def _scales(points: Sequence[Point]) -> tuple[Scale, Scale]:
@@ -117,13 +143,13 @@ def _scales(points: Sequence[Point]) -> tuple[Scale, Scale]:
     margin = 0.06 * (high - low) or abs(high) * 0.05 or 0.01
     most = max(point.tokens for point in points) or 1.0
     return (
-        Scale(low=-0.02 * most, high=1.06 * most, start=LEFT, stop=WIDTH - RIGHT),
+        Scale(low=-0.04 * most, high=1.04 * most, start=LEFT, stop=WIDTH - RIGHT),
         Scale(low=low - margin, high=high + margin, start=HEIGHT - BOTTOM, stop=TOP),
     )
 
 
 def _axes(metric: Metric, x: Scale, y: Scale) -> Iterator[str]:
-    for value in y.ticks(5):
+    for value in y.ticks(6):
         yield f'<path d="M{LEFT} {y(value)}H{WIDTH - RIGHT}" stroke="#e3e3e3"/>'
         label = f'x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end" fill="#555"'
         yield f"<text {label}>{written(metric, value)}</text>"
@@ -145,15 +171,15 @@ def _series(points: Sequence[Point], colour: str, x: Scale, y: Scale) -> Iterato
         if point.value.low is not None and point.value.high is not None:
             whisker = f"M{at} {y(point.value.low)}V{y(point.value.high)}"
             yield f'<path d="{whisker}" stroke="{colour}" stroke-width="1.5" stroke-opacity="0.45"/>'
-        yield f'<circle cx="{at}" cy="{middle}" r="4.5" fill="{colour}" stroke="#fff"><title>{escape(point.name)}'
-        yield "</title></circle>"
-        label = f'x="{at + 7:.1f}" y="{middle + 3.5:.1f}" font-size="10" fill="{colour}"'
-        yield f"<text {label}>{escape(_beside(point))}</text>"
+        circle = f'cx="{at}" cy="{middle}" r="4.5" fill="{colour}" stroke="#fff"'
+        yield f"<circle {circle}><title>{escape(point.name)}</title></circle>"
 
 
-def _beside(point: Point) -> str:
-    """The share of an arm that has one, else its name."""
-    return point.name.partition("@")[2] or point.name
+def _share(point: Point, colour: str, x: Scale, y: Scale) -> str:
+    """What an arm keeps, beside its point."""
+    at = f'x="{x(point.tokens) + 6:.1f}" y="{y(point.value.mean) - 5:.1f}"'
+    halo = 'stroke="#fff" stroke-width="3" paint-order="stroke"'
+    return f'<text {at} font-size="10" fill="{colour}" {halo}>{escape(point.name.partition("@")[2])}</text>'
 
 
 def _count(value: float) -> str:

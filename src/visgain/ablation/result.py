@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from visgain.ablation.arms import VANILLA
-from visgain.ablation.figure import Panel, Point, draw
 from visgain.ablation.metrics import Metric, numbers
-from visgain.ablation.statistics import CONFIDENCE, Interval, interval, paired
-from visgain.ablation.table import COUNTS, as_markdown
-from visgain.storage import write_json, write_text
+from visgain.ablation.statistics import Interval, interval, paired
+
+COUNTS = ("rows", "active_tokens", "steps", "train_seconds")
+"""What is counted of an arm's training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,28 +88,3 @@ def _benchmark_metrics(benchmarks: str, cells: Sequence[Mapping[str, Any]]) -> l
     names = [name for part in benchmarks.split(",") if (name := part.strip())]
     first = [next((key for key in keys if key.startswith(f"{name}.")), None) for name in names]
     return [{"key": key, "label": key.replace(".", " "), "better": "", "format": ".2f"} for key in first if key]
-
-
-def write_ablation(out: Path, ablation: Ablation) -> None:
-    """ablation.json, table.md and figure.svg in `out`."""
-    record = asdict(ablation) | {"confidence": CONFIDENCE, "interval": "Student's t over seeds"}
-    write_json(out / "ablation.json", record)
-    write_text(out / "table.md", as_markdown(ablation))
-    write_text(out / "figure.svg", draw(panels(ablation)))
-
-
-def panels(ablation: Ablation) -> list[Panel]:
-    """A panel for each metric that is shown: its mean and interval against active tokens."""
-    return [
-        Panel(
-            metric=metric,
-            points=tuple(
-                Point(
-                    kind=arm.kind, name=arm.name, tokens=arm.counts["active_tokens"], value=arm.metrics[metric["key"]]
-                )
-                for arm in ablation.arms
-                if metric["key"] in arm.metrics
-            ),
-        )
-        for metric in ablation.metrics
-    ]

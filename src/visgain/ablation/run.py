@@ -23,8 +23,11 @@ from typing import Any
 
 import visgain
 from visgain.ablation.arms import DEFAULT, Arm, parse_arms
-from visgain.ablation.bench import Bench, bench_identity, bench_metrics, open_bench, recipe_of
-from visgain.ablation.result import Ablation, summarise, write_ablation
+from visgain.ablation.bench import Bench, bench_identity, bench_metrics, open_bench, recipe_name, recipe_of
+from visgain.ablation.figure import draw, panels
+from visgain.ablation.result import Ablation, summarise
+from visgain.ablation.statistics import CONFIDENCE
+from visgain.ablation.table import FORMULA, as_markdown, grids, notes
 from visgain.ablation.trial import Stages, run_arm
 from visgain.config import AblateConfig
 from visgain.counterfactuals import parse_counterfactual
@@ -32,7 +35,6 @@ from visgain.errors import ConfigError, VisgainError
 from visgain.evaluation.benchmark import BENCHMARKS, JudgedBenchmark
 from visgain.scoring.claims import Rank, claim_named
 from visgain.storage import claim_run, read_json, storage_errors, write_json, write_text
-from visgain.training.recipe import load_recipe
 from visgain.vlm.load import model_fingerprint, model_name
 from visgain.vlm.profiles import find_profile
 
@@ -156,10 +158,12 @@ def _check(config: AblateConfig, arms: Sequence[Arm]) -> None:
         )
     for counterfactual in {arm.counterfactual or config.counterfactual for arm in arms}:
         parse_counterfactual(counterfactual)
-    find_profile(config.template)
-    recipe = load_recipe(recipe_of(config))
+    recipe = recipe_of(config)
+    find_profile(recipe.template)
     if config.equal == "epochs" and recipe.max_steps:
-        raise ConfigError(f"recipe {recipe_of(config)} sets max_steps, so epochs would not be equal; use --equal steps")
+        raise ConfigError(
+            f"recipe {recipe_name(config)} sets max_steps, so epochs would not be equal; use --equal steps"
+        )
     names = [name for part in config.benchmarks.split(",") if (name := part.strip())]
     for name in names:
         if isinstance(BENCHMARKS.get(name)(), JudgedBenchmark):
@@ -172,13 +176,10 @@ def _identity(config: AblateConfig) -> dict[str, Any]:
         "ablation": {
             "model": model_name(config.model),
             "model_fingerprint": model_fingerprint(config.model),
-            "recipe": asdict(load_recipe(recipe_of(config))),
+            "recipe": asdict(recipe_of(config)),
             "equal": config.equal,
             "steps": config.steps,
             "counterfactual": parse_counterfactual(config.counterfactual).spec,
-            "template": config.template,
-            "max_length": config.max_length,
-            "dtype": config.dtype,
             "benchmarks": config.benchmarks,
             **bench_identity(config),
         }
@@ -197,9 +198,18 @@ def _result(
         arms=list(dict.fromkeys(cell.arm.name for cell in cells)),
         seeds=config.seed_list,
         metrics=bench_metrics(config),
-        study={**identity["ablation"], "recipe": recipe_of(config)},
+        study={**identity["ablation"], "recipe": recipe_name(config)},
         failures=failures,
     )
+
+
+def write_ablation(out: Path, ablation: Ablation) -> None:
+    """ablation.json, table.md and figure.svg in `out`."""
+    tables = [asdict(grid) for grid in grids(ablation)]
+    said = {"confidence": CONFIDENCE, "tables": tables, "notes": [*notes(ablation), FORMULA]}
+    write_json(out / "ablation.json", {**asdict(ablation), **said})
+    write_text(out / "table.md", as_markdown(ablation))
+    write_text(out / "figure.svg", draw(panels(ablation)))
 
 
 @dataclass(kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 CONFIDENCE = 0.95
 
@@ -50,6 +51,7 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Inter
     return interval(differences) if differences else None
 
 
+@cache
 def t_quantile(p: float, dof: int) -> float:
     """What Student's t with `dof` degrees of freedom (a whole number) stays below with probability `p` of 0.5 to 1."""
     low, high = 0.0, math.pi / 2  # of theta = arctan(t / sqrt(dof)), of which the probability is a finite sum

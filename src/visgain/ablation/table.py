@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -12,13 +11,8 @@ from rich.table import Table as RichTable
 
 from visgain.ablation.arms import VANILLA
 from visgain.ablation.metrics import Metric, written
+from visgain.ablation.result import COUNTS, Ablation
 from visgain.ablation.statistics import Interval
-
-if TYPE_CHECKING:
-    from visgain.ablation.result import Ablation
-
-COUNTS = ("rows", "active_tokens", "steps", "train_seconds")
-"""What is counted of an arm's training."""
 
 FORMULA = (
     "±: half of the 95% confidence interval, t(0.975, n − 1) · s / √n over n seeds (Student 1908); with one seed there "

@@ -1,7 +1,8 @@
-"""What `visgain analyze` and `visgain eval` left on disk, for the report: tables with bars, metrics with intervals."""
+"""What other verbs left on disk, for the report: tables with bars, metrics with intervals, a study of arms."""
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,6 +56,44 @@ class Evaluation:
     variant: str
     about: str  # questions, judge, what could not be read
     metrics: tuple[Metric, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A table of texts, the first column being names."""
+
+    title: str
+    heads: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What `visgain ablate` found."""
+
+    tables: tuple[Grid, ...]
+    notes: tuple[str, ...]
+    figure: str  # as a data URL
+
+
+def read_ablation(folder: Path) -> Study:
+    """The tables and the figure that `visgain ablate` wrote to `folder`. Raises DataError if they are not there."""
+    path = folder / "ablation.json"
+    found = read_json(path, "ablation")
+    try:
+        figure = base64.b64encode((folder / "figure.svg").read_bytes()).decode()
+        return Study(
+            tables=tuple(map(_grid, found["tables"])),
+            notes=tuple(map(str, found["notes"])),
+            figure=f"data:image/svg+xml;base64,{figure}",
+        )
+    except (KeyError, TypeError, OSError) as error:
+        raise DataError(f"{path} is no result of `visgain ablate`: {error}") from None
+
+
+def _grid(one: Mapping[str, Any]) -> Grid:
+    lines = tuple(tuple(map(str, line)) for line in one["lines"])
+    return Grid(title=str(one["title"]), heads=tuple(map(str, one["heads"])), lines=lines)
 
 
 def read_analyses(folder: Path) -> list[Bars]:

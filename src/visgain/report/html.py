@@ -24,7 +24,7 @@ from visgain.errors import DataError
 from visgain.quantile import median
 from visgain.report import figures, samples
 from visgain.report.counts import Counts, count_rows, kept_by_source, summary
-from visgain.report.found import read_analyses, read_evaluations
+from visgain.report.found import read_ablation, read_analyses, read_evaluations
 from visgain.report.overview import Overview, open_overview
 from visgain.report.results import read_results
 from visgain.report.shade import colour_limit
@@ -64,6 +64,7 @@ def write_report(config: ReportConfig) -> Path:
             "results": read_results(config.results) if config.results else None,
             "evaluations": read_evaluations(config.evals) if config.evals else [],
             "analyses": read_analyses(config.analyses) if config.analyses else [],
+            "ablation": read_ablation(config.ablation) if config.ablation else None,
             "selection": overview.record,
             "tau": _gain_tau(overview.record),
             "distribution": _distribution(groups, _gain_tau(overview.record)),
