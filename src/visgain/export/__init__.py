@@ -50,9 +50,11 @@ EXPORTERS: Registry[Exporter] = Registry(
     "exporter",
     {
         "hf": "visgain.export.hf:HuggingFace",
+        "llama-factory": "visgain.export.llama_factory:LlamaFactory",
         "llava": "visgain.export.llava:Llava",
         "llava-json": "visgain.export.llava:LlavaJson",
         "llava-next": "visgain.export.llava:LlavaNext",
+        "ms-swift": "visgain.export.swift:Swift",
         "nanovlm": "visgain.export.nanovlm:NanoVLM",
         "open-qwen2vl": "visgain.export.llava:OpenQwen2VL",
         "prismatic": "visgain.export.llava:Prismatic",
