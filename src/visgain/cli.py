@@ -129,13 +129,18 @@ def assemble(config: Annotated[AssembleConfig, FLAT]) -> None:
 def train(config: Annotated[TrainConfig, FLAT]) -> None:
     """Train a model on the selected samples and tokens."""
     _quiet()
+    from visgain.scoring.claims import Rank
     from visgain.training.run import run_train
 
     done = run_train(config)
+    if Rank.here().number > 0:
+        return  # what all did, the first tells
     print(
         f"{done.steps:,} steps over {done.rows:,} rows in {done.seconds:.0f} s; "
         f"{done.active_tokens:,} active tokens; loss {done.mean_loss:.4f} nats"
     )
+    if done.refreshed_rows:
+        print(f"{done.refreshed_rows:,} rows were scored while training, in {done.refresh_seconds:.0f} s of these")
     print(f"model: {config.out}")
 
 

@@ -41,7 +41,8 @@ class ScoreConfig:
     format: str | None = None
     """Data format or layout of rows, by a name of `visgain list` [default: recognised]."""
     counterfactual: str = "blur"
-    """What replaces the real image: blur, mean, noise, shuffle, swap or none, with options as in blur:sigma=0.2."""
+    """What becomes of the real image: blur, mean, noise, shuffle, swap or none in its place, with options as in
+    blur:sigma=0.2; drop leaves it out, and mask cuts the attention to it."""
     per_image: bool = False
     """Also replace each of several images on its own: gain per image, for n + 2 forward passes over n images, not 2."""
     projector: Path | None = None
@@ -204,6 +205,9 @@ class TrainConfig:
     """Folder for checkpoints and the trained model; the same command resumes there."""
     selection: Path | None = None
     """Folder that `visgain select` wrote; without it every answer token carries loss."""
+    refresh_every: int | None = None
+    """Select anew while training: before every so many steps the rows to come are scored with the model as it is then,
+    and the rule of --selection chooses among them."""
     image_root: Path | None = None
     """Folder that the dataset's image paths are relative to [default: the dataset's folder]."""
     columns: str | None = None
@@ -261,7 +265,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_length(self.max_length)
-        for name in ("lora_rank", "max_steps", "batch_size", "micro_batch", "pack_tokens", "save_steps"):
+        counts = ("lora_rank", "max_steps", "batch_size", "micro_batch", "pack_tokens", "save_steps", "refresh_every")
+        for name in counts:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; it must be positive")
 
@@ -413,7 +418,7 @@ class AnalyzeConfig:
     rows: int = 200
     """Rows that attention is measured on, spread evenly over the dataset."""
     counterfactual: str = "blur"
-    """With --benchmarks: what replaces the real image."""
+    """With --benchmarks: what becomes of the real image."""
     template: str = "auto"
     """Conversation template and image preparation; `visgain list` shows the names."""
     max_length: int | None = None

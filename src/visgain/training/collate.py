@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +60,11 @@ class Rows(TorchDataset[TrainingRow]):
         encoded = self._encode(self._sample(index))
         return TrainingRow(encoded=encoded, weight=np.ones(len(encoded.turn), np.float32))
 
+    @property
+    def n_selected(self) -> int:
+        """How many rows, from the first on, are known to be fit to train on."""
+        return len(self)
+
     def outline(self, index: int) -> Outline:
         """The size of a row, without a look at its pictures."""
         sample = self._sample(index)
@@ -91,7 +96,10 @@ class SelectedRows(Rows):
         self.end_of_turn = end_of_turn
 
     def __getitem__(self, index: int) -> TrainingRow:
-        chosen = self.selection.slice(index, 1).to_pylist()[0]
+        return self.as_chosen(index, self.selection.slice(index, 1).to_pylist()[0])
+
+    def as_chosen(self, index: int, chosen: Mapping[str, Any]) -> TrainingRow:
+        """The row with the tokens that `chosen`, a line of a selection, keeps of it."""
         sample = self._sample(index)
         if sample.fingerprint != chosen["fingerprint"]:
             raise DataError(f"row {sample.row} changed since it was scored; score and select again")
@@ -101,7 +109,7 @@ class SelectedRows(Rows):
         return TrainingRow(encoded=encoded, weight=_join(encoded, chosen, sample.row))
 
 
-def _join(encoded: Encoded, chosen: dict[str, Any], row: int) -> Float32[np.ndarray, " A"]:
+def _join(encoded: Encoded, chosen: Mapping[str, Any], row: int) -> Float32[np.ndarray, " A"]:
     """Weights of the encoded answer tokens. A sequence cut shorter now keeps those of what is left."""
     token_id, keep = np.asarray(chosen["token_id"]), np.asarray(chosen["keep"], dtype=bool)
     weight = np.asarray(chosen.get("weight", keep), dtype=np.float32)

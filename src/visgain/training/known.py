@@ -22,7 +22,7 @@ class KnownRows:
     @cached_property
     def _by_size(self) -> list[int]:
         """With the fewest pictures and then the least text first, those without pictures last."""
-        outlines = {row: self.rows.outline(row) for row in range(min(len(self.rows), KNOWN_ROWS))}
+        outlines = {row: self.rows.outline(row) for row in range(min(self.rows.n_selected, KNOWN_ROWS))}
         return sorted(outlines, key=lambda row: (outlines[row].n_images == 0, outlines[row]))
 
     @cached_property

@@ -210,7 +210,7 @@ def choose_way(
     rejected: dict[str, str] = {}
     with ExitStack() as stack:
         stack.callback(model.train, training)
-        if _coarsest(model) != torch.float32:
+        if coarsest(model) != torch.float32:
             stack.enter_context(precision())
         reference = [_nll(model.eval(), WHOLE, [row], **ids) for row in probes]
         for way in ways:
@@ -236,7 +236,7 @@ def _disagreement(
             _nll(model.train(), way, rows, **ids)  # what a model demands in training alone
     except Exception as error:  # a model that does not take packs may fail anywhere, in any manner
         return (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__
-    return None if worst <= TOLERANCE[_coarsest(model)] else f"off by {worst:.2g} nats"
+    return None if worst <= TOLERANCE[coarsest(model)] else f"off by {worst:.2g} nats"
 
 
 @torch.no_grad()
@@ -246,7 +246,7 @@ def _nll(model: PreTrainedModel, way: Way, rows: Sequence[TrainingRow], **ids: i
         return way.nll(model, model.forward, one, one.inputs).float()
 
 
-def _coarsest(model: PreTrainedModel) -> torch.dtype:
+def coarsest(model: PreTrainedModel) -> torch.dtype:
     """The dtype of fewest bits among the weights."""
     dtype: torch.dtype = max({p.dtype for p in model.parameters()} & TOLERANCE.keys(), key=TOLERANCE.__getitem__)
     return dtype
@@ -261,23 +261,35 @@ def cut(rows: Sequence[TrainingRow], *, side_by_side: bool, most: int) -> list[l
     The longest first, each into the first pass that has room and takes its pictures, so little room is left and rows of
     a padded batch are of similar length. A conversation is never cut; one that is too long is a pass of its own.
     """
+    kinds = _kinds(rows)
+    sizes = [len(row.encoded.input_ids) if side_by_side else 1 for row in rows]
     passes: list[list[int]] = []
     room: list[int] = []
+    taken: list[Any] = []
     for number in sorted(range(len(rows)), key=lambda number: -len(rows[number].encoded.input_ids)):
-        size = len(rows[number].encoded.input_ids) if side_by_side else 1
+        size, kind = sizes[number], kinds[number]
         for k, members in enumerate(passes):
-            if size <= room[k] and go_together([*(rows[one] for one in members), rows[number]]):
+            if size <= room[k] and (kind == taken[k] or () in (kind, taken[k])):
                 members.append(number)
                 room[k] -= size
+                taken[k] = taken[k] or kind
                 break
         else:
             passes.append([number])
             room.append(most - size)
+            taken.append(kind)
     return [sorted(members) for members in passes]
 
 
 def go_together(rows: Sequence[TrainingRow]) -> bool:
     """Whether the pictures of `rows` can be inputs of one forward pass."""
-    some = [row.encoded for row in rows]
-    crossed = sum("cross_attention_mask" in encoded.model_inputs for encoded in some)
-    return len({signature(encoded) for encoded in some} - {()}) <= 1 and crossed in (0, len(some))
+    return len(set(_kinds(rows)) - {()}) <= 1
+
+
+def _kinds(rows: Sequence[TrainingRow]) -> list[Any]:
+    """What the pictures of each row are to the model; rows of different kinds go apart, and () goes with any.
+
+    Rows without pictures do, unless the model sees by cross-attention: there a picture belongs to a row by its number.
+    """
+    crossed = any("cross_attention_mask" in row.encoded.model_inputs for row in rows)
+    return [signature(row.encoded) or (("no picture",) if crossed else ()) for row in rows]

@@ -18,11 +18,12 @@ from visgain.errors import ConfigError, DataError
 from visgain.storage import claim_run, file_hash, read_json, write_json
 from visgain.training.arguments import training_arguments
 from visgain.training.checkpoint import last_checkpoint
-from visgain.training.collate import Rows, open_rows
+from visgain.training.collate import Rows, SelectedRows, open_rows
 from visgain.training.logs import JsonlLog, QuietProgress
 from visgain.training.prepare import prepare_model, recompute_activations, set_precision, shard_by_layer
 from visgain.training.ranks import from_first, leave
 from visgain.training.recipe import Recipe, resolve_recipe
+from visgain.training.refresh import Refresh, RefreshedRows, cost, selection_record
 from visgain.training.save import outline, save_model, whole_model
 from visgain.training.trainer import SelectiveTrainer, Tokens
 from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name
@@ -41,12 +42,16 @@ class TrainSummary:
     active_tokens: int  # that carried loss, counted once for each time
     mean_loss: float  # nats, over the steps
     seconds: float
+    refreshed_rows: int = 0  # scored while training, counted once for each time
+    refresh_seconds: float = 0.0  # what that took of `seconds`
 
 
 def run_train(config: TrainConfig) -> TrainSummary:
     """Train on the selected rows and tokens. Resumes from the last checkpoint in `config.out`; does nothing if done."""
     recipe = resolve_recipe(config)
     find_profile(recipe.template)  # a mistyped name is told before the model is loaded
+    if config.refresh_every is not None:
+        selection_record(config)  # a rule that cannot follow the model is told before the model is loaded
     arguments = training_arguments(recipe, config)
     scored = _scored_identity(config)
     dataset = open_dataset(
@@ -73,6 +78,8 @@ def run_train(config: TrainConfig) -> TrainSummary:
         )
     end_of_turn = scored.get("end_of_turn", "score")
     rows = open_rows(dataset, encoder, config.selection, end_of_turn=end_of_turn)
+    if config.refresh_every is not None and isinstance(rows, SelectedRows):
+        rows = RefreshedRows(dataset, encoder, rows.selection, end_of_turn=end_of_turn)
     done, checkpoint = from_first(lambda: _begin(config, recipe, dataset.fingerprint))
     if done is not None:
         return done
@@ -82,11 +89,12 @@ def run_train(config: TrainConfig) -> TrainSummary:
     trainer = build_trainer(model, vlm, rows, recipe, config, arguments)
     result = trainer.resume(checkpoint)
     summary = TrainSummary(
-        rows=len(rows),
+        rows=rows.n_selected,
         steps=int(result.global_step),
         active_tokens=trainer.active_tokens,
         mean_loss=mean_loss(trainer.state.log_history),
         seconds=float(result.metrics["train_runtime"]),
+        **cost(config.out),
     )
     trained = whole_model(trainer, empty)
     if trainer.is_world_process_zero():
@@ -120,12 +128,16 @@ def build_trainer(
         recompute_activations(model)
     if config.parallel != "ddp":
         shard_by_layer(model)
+    refresh = None
+    if config.refresh_every is not None and isinstance(rows, RefreshedRows):
+        refresh = Refresh(config=config, vlm=vlm, rows=rows, every=config.refresh_every)
     trainer = SelectiveTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         recipe=recipe,
         tokens=Tokens(image=vlm.image_token_id, pad=0 if pad_id is None else pad_id),
+        refresh=refresh,
         callbacks=[JsonlLog(config.out / "log.jsonl")],
     )
     trainer.remove_callback(ProgressCallback)
@@ -159,5 +171,6 @@ def _identity(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> dic
         "seed": config.seed,
         "parallel": config.parallel,
         **({"projector": file_hash(config.projector)} if config.projector else {}),
+        **({"refresh_every": config.refresh_every} if config.refresh_every else {}),
         **reading(config.columns, config.format),
     }

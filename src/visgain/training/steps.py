@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Sampler
@@ -13,7 +14,7 @@ from visgain.scoring.claims import Rank
 ALONE = Rank(number=0, world=1)
 
 
-class Steps(Sampler[list[int]]):
+class Steps(Sampler[list[Any]]):
     """The rows of one rank, step by step: a batch sampler for a data loader whose batches are whole steps.
 
     An epoch is a permutation of all rows, the one that the vanilla Trainer draws from the same seed; each
@@ -30,7 +31,7 @@ class Steps(Sampler[list[int]]):
         seed: int,
         rank: Rank = ALONE,
         bunch: int = 1,
-        estimate: Callable[[int], float] = lambda row: 1.0,
+        estimate: Callable[[Any], float] = lambda row: 1.0,
     ) -> None:
         self.sampler = SeedableRandomSampler(range(n_rows), data_seed=seed)
         """Accelerate's data loaders tell it the epoch, and look for it under this name."""
@@ -43,12 +44,16 @@ class Steps(Sampler[list[int]]):
     def __len__(self) -> int:
         return math.ceil(self.n_rows / self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
+        return map(self._share, self.steps())
+
+    def steps(self) -> Iterator[Sequence[Any]]:
+        """The rows of each step of an epoch, on all ranks together."""
         order = list(self.sampler)
         for start in range(0, self.n_rows, self.batch_size):
-            yield self._share(order[start : start + self.batch_size])
+            yield order[start : start + self.batch_size]
 
-    def _share(self, rows: Sequence[int]) -> list[int]:
+    def _share(self, rows: Sequence[Any]) -> list[Any]:
         """Those of a step's rows that this rank computes, in the order of the step."""
         if self.rank.world == 1:
             return list(rows)

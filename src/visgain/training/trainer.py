@@ -30,9 +30,10 @@ from visgain.training.collate import TrainingRow
 from visgain.training.known import KnownRows
 from visgain.training.loss import averaged_by_micro_batch, summed_weight, weighed
 from visgain.training.optimiser import divide_by_rate
-from visgain.training.packing import PADDED, WAYS, Choice, Way, choose_way, cut, go_together, laid_out
+from visgain.training.packing import PADDED, WAYS, Choice, Way, choose_way, coarsest, cut, go_together, laid_out
 from visgain.training.ranks import from_first
 from visgain.training.recipe import Recipe
+from visgain.training.refresh import Decided, Refresh, Rounds
 from visgain.training.steps import Steps
 from visgain.vlm.logits import output_head, replaced_forward
 
@@ -60,12 +61,14 @@ class Tally(NamedTuple):
 class SelectiveTrainer(CheckpointedTrainer):
     """Trainer whose loss is the weighted cross-entropy of the active tokens alone.
 
-    `train_dataset` is Rows; an optimiser step takes `recipe.batch_size` of them, on all ranks together.
+    `train_dataset` is Rows; an optimiser step takes `recipe.batch_size` of them, on all ranks together. `refresh`, with
+    RefreshedRows, decides while training which those are.
     """
 
-    def __init__(self, *, recipe: Recipe, tokens: Tokens, **kwargs: Any) -> None:
+    def __init__(self, *, recipe: Recipe, tokens: Tokens, refresh: Refresh | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.recipe = recipe
+        self.refresh = refresh
         self.tokens = tokens
         self.known = KnownRows(self.train_dataset)
 
@@ -83,23 +86,42 @@ class SelectiveTrainer(CheckpointedTrainer):
 
     def get_train_dataloader(self) -> DataLoaderShard:
         """Shares of steps, as `_share` makes them."""
-        args, recipe = self.args, self.recipe
-        steps = Steps(
-            len(self.train_dataset),
-            recipe.batch_size,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            rank=Rank(number=args.process_index, world=args.world_size),
-            bunch=recipe.micro_batch if recipe.loss_reduction == "micro-batch" else 1,
-            estimate=self.known.estimate,
-        )
+        args = self.args
         return DataLoaderShard(
             self.train_dataset,
             device=args.device,
-            batch_sampler=steps,
+            batch_sampler=self._steps(),
             collate_fn=_share,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=1 if args.dataloader_num_workers else None,  # a batch is a whole step
         )
+
+    def _steps(self) -> Steps:
+        args, recipe, rows = self.args, self.recipe, self.train_dataset
+        deal: dict[str, Any] = {
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "rank": Rank(number=args.process_index, world=args.world_size),
+            "bunch": recipe.micro_batch if recipe.loss_reduction == "micro-batch" else 1,
+            "estimate": self.known.estimate,
+        }
+        if self.refresh is None:
+            return Steps(len(rows), recipe.batch_size, **deal)
+        kept = {"every": self.refresh.every, "n_kept": rows.n_selected}
+        return Rounds(len(rows), recipe.batch_size, choose=self._decided, **kept, **deal)
+
+    def _decided(self, step: int, indices: Sequence[int]) -> list[Decided]:
+        """Those of the rows that the model as it is now says to train on."""
+        if self.refresh is None:
+            raise ValueError("nothing decides while training")
+        inner = self._inner(self.model)
+        training = inner.training
+        inner.eval()
+        try:
+            with nullcontext() if coarsest(inner) == torch.float32 else self.accelerator.autocast():
+                rank = Rank(number=self.args.process_index, world=self.args.world_size)
+                return self.refresh(step, indices, rank, self.accelerator.wait_for_everyone)
+        finally:
+            inner.train(training)
 
     # ---------------------------------------------------------------- the step
 
