@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -27,6 +28,7 @@ import golden
 from naive import naive_nll, picture
 from parts import LANGUAGES, NO_LANGUAGES, NO_TOWERS, PATCH, SIDE, TOWERS, save
 from tiny_models import make_sample
+from visgain.cli import main
 from visgain.config import AssembleConfig, ScoreConfig, TrainConfig
 from visgain.errors import ModelError
 from visgain.scoring.run import run_score
@@ -391,6 +393,17 @@ def test_a_few_steps_lower_its_loss(tower: str, language: str, folder: Path, sma
     before, after = (load_vlm(str(path), device="cpu").model.model for path in (base, tmp_path / "trained"))
     equal(before.vision_tower.state_dict(), after.vision_tower.state_dict())
     assert not torch.equal(before.multi_modal_projector.linear_1.weight, after.multi_modal_projector.linear_1.weight)
+
+
+def test_the_command_says_what_it_built(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = ["--vision", str(part(folder, "clip")), "--language", str(part(folder, "llama"))]
+    main(["assemble", *parts, "--out", str(tmp_path / "base")])
+    sizes, template, model = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"vision [\d,]+, projector 1,856, language [\d,]+ parameters in float32; 9 tokens for a picture of 24 pixels",
+        sizes,
+    )
+    assert (template, model) == ("chat template: llava-1.5", f"model: {tmp_path / 'base'}")
 
 
 # ---------------------------------------------------------------- what cannot be joined
