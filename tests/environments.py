@@ -117,3 +117,11 @@ def commands(guide: Path) -> list[list[str]]:
     """The commands of a guide's sh blocks as arguments."""
     lines = "\n".join(blocks(guide, "sh")).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
+def replaced(text: str, *pairs: tuple[str, str]) -> str:
+    """A guide's text with each first string, which must be there, replaced by the second."""
+    for old, new in pairs:
+        assert old in text, f"{old!r} is not in the guide any more"
+        text = text.replace(old, new)
+    return text
+
+

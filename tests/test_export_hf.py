@@ -1,0 +1,250 @@
+"""The Hugging Face Trainer on an exported selection: the guide's own code, the tokens that carry loss, the loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from environments import blocks, replaced
+from visgain.config import ExportConfig, ScoreConfig, SelectConfig, TrainConfig, WorldConfig
+from visgain.data import open_dataset
+from visgain.export.run import run_export
+from visgain.export.shims.hf import ROW, WEIGHT, SelectedRows, SelectiveCollator, WeightedLoss
+from visgain.export.shims.masks import IGNORED, MaskError, Masks
+from visgain.scoring.run import run_score
+from visgain.selection import run_select
+from visgain.storage import read_selection_table
+from visgain.training.run import run_train
+from visgain.types import Sample
+from visgain.vlm.load import load_vlm
+from visgain.vlm.template import make_encoder
+from visgain.world.dataset import write_world
+
+GUIDE = Path(__file__).parents[1] / "docs/trainers/hf.md"
+SOFT = "clamp:low=0.001,high=0.1,window=1"
+SETTINGS = {
+    "use_cpu": True,
+    "report_to": "none",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 3,
+    "max_steps": 3,
+    "learning_rate": 2e-4,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, blank_model: Path) -> Path:
+    """A folder as the guide has it: model/, data.json and its pictures, scores/."""
+    folder = tmp_path_factory.mktemp("guide")
+    write_world(WorldConfig(out=folder, split="train", rows=20, seed=3))
+    (folder / "model").symlink_to(blank_model)
+    config = ScoreConfig(
+        model=str(folder / "model"), data=folder / "data.json", out=folder / "scores", template="chat", device="cpu"
+    )
+    run_score(config)
+    return folder
+
+
+@pytest.fixture
+def export(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """Selects and exports as the guide says, and goes to the folder. Returns the selection's rows."""
+
+    def export(weights: str = "hard") -> list[dict[str, Any]]:
+        selection = folder / f"selection-{weights[:4]}"
+        run_select(SelectConfig(scores=folder / "scores", out=selection, keep=60, weights=weights))
+        run_export(ExportConfig(selection=selection, data=folder / "data.json", to="hf", out=folder / "export"))
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(str(folder))
+        return read_selection_table(selection).to_pylist()
+
+    return export
+
+
+def run_guide(*changes: tuple[str, str]) -> tuple[Any, list[dict[str, Any]], list[float]]:
+    """Run the guide's code. Returns its trainer, the batches that reached the model, and the loss of each step."""
+    settings = ", ".join(f"{name}={value!r}" for name, value in SETTINGS.items())
+    [guide] = blocks(GUIDE, "python")
+    guide = replaced(guide, ('output_dir="trained", ', f'output_dir="trained", {settings}, '), *changes)
+    before, run, _ = guide.partition("trainer.train()")
+    assert run
+    names: dict[str, Any] = {}
+    exec(before, names)
+    trainer, batches = names["trainer"], []
+    step = trainer.training_step
+
+    def recorded(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        batches.append(dict(inputs))
+        return step(model, inputs, *args, **kwargs)
+
+    trainer.training_step = recorded
+    trainer.train()
+    return trainer, batches, [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+Row = tuple[tuple[int, ...], tuple[float, ...]]
+"""Ids of a row, and the weight of each as a label."""
+
+
+def expected(folder: Path, rows: list[dict[str, Any]]) -> list[Row]:
+    """What our own encoder and the selection say of every kept row."""
+    dataset, encoder = open_dataset(folder / "data.json"), make_encoder(load_vlm(str(folder / "model")), "chat")
+    found = []
+    for row in rows:
+        sample = dataset[row["row"]]
+        assert isinstance(sample, Sample)
+        encoded = encoder.encode(sample, [image.open() for image in sample.images])
+        weights = np.zeros(len(encoded.input_ids), np.float32)
+        weights[encoded.is_answer] = row.get("weight", row["keep"])
+        found.append((tuple(encoded.input_ids.tolist()), tuple(weights.tolist())))
+    return found
+
+
+def collated(batches: list[dict[str, Any]]) -> list[Row]:
+    """The same from the batches; labels must be the ids or -100."""
+    found = []
+    for batch in batches:
+        ids, labels, there = batch["input_ids"], batch["labels"], batch["attention_mask"].bool()
+        active = labels != IGNORED
+        assert not (active & ~there).any()
+        assert torch.equal(labels[active], ids[active])
+        weights = batch.get(WEIGHT, torch.ones(ids.shape)) * active
+        found += [(tuple(i[t].tolist()), tuple(w[t].tolist())) for i, w, t in zip(ids, weights, there, strict=True)]
+    return found
+
+
+# ---------------------------------------------------------------- the guide
+
+
+def test_exactly_the_selected_tokens_carry_loss(folder: Path, export: Callable[..., Any]) -> None:
+    rows = export()
+    assert len(rows) > 8
+    trainer, batches, _ = run_guide()
+    assert sorted(collated(batches[: -(-len(rows) // 4)])) == sorted(expected(folder, rows))
+    assert not any(ROW in batch for batch in batches)
+    assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("weights", ["hard", SOFT])
+def test_the_loss_is_ours_step_by_step(
+    folder: Path, export: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    """A step of all kept rows, three times over, in both trainers: the order of rows does not matter."""
+    rows = export(weights)
+    monkeypatch.setitem(SETTINGS, "gradient_accumulation_steps", -(-len(rows) // 4))
+    schedule = {"warmup_steps": 0, "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0}
+    for name, value in schedule.items():
+        monkeypatch.setitem(SETTINGS, name, value)
+    wrapped = "SelectiveCollator(collator, masks"
+    soft = () if weights == "hard" else ((wrapped, f"{wrapped}, True"),)
+    trainer, _, theirs = run_guide(*soft)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"parts: [vision, projector, language]\nlearning_rate: {SETTINGS['learning_rate']}\nmax_steps: 3\n"
+        f"batch_size: {len(rows)}\nmicro_batch: {len(rows)}\nschedule: constant\nwarmup_ratio: 0.0\n"
+    )
+    config = TrainConfig(
+        model=str(folder / "model"),
+        data=folder / "data.json",
+        selection=folder / f"selection-{weights[:4]}",
+        out=tmp_path / "ours",
+        recipe=str(recipe),
+        template="chat",
+        device="cpu",
+    )
+    run_train(config)
+    log = [json.loads(line) for line in (tmp_path / "ours" / "log.jsonl").read_text().splitlines()]
+    ours = [line["loss"] for line in log if "loss" in line]
+    assert len(ours) == 3
+    assert theirs == pytest.approx(ours, rel=1e-4)
+    assert ours[0] > ours[2]
+    here, there = load_vlm(str(tmp_path / "ours")).model.state_dict(), trainer.model.state_dict()
+    assert all(torch.allclose(here[name], there[name], atol=2e-4) for name in here)
+
+
+def test_a_template_that_drifted_stops_with_the_row(export: Callable[..., Any]) -> None:
+    export()
+    drift = 'processor.chat_template = processor.chat_template.replace("{{ eos_token }}", "")\n'
+    with pytest.raises(ValueError, match=r"row \d+: supervised label \d+ is \d+ \('.*'\), and 2 \('</s>'\) was scored"):
+        run_guide(("\n\ndef collator(batch)", f"\n{drift}\n\ndef collator(batch)"))
+
+
+def test_rows_without_their_number_are_told_what_to_set(export: Callable[..., Any]) -> None:
+    export()
+    with pytest.raises(ValueError, match=r"no 'visgain_row'.* with remove_unused_columns=False"):
+        run_guide((", remove_unused_columns=False", ""))
+
+
+def test_soft_weights_need_a_word(export: Callable[..., Any]) -> None:
+    export(SOFT)
+    with pytest.raises(ValueError, match="this selection has soft weights: say weights=True"):
+        run_guide()
+
+
+def test_soft_weights_may_count_alike(folder: Path, export: Callable[..., Any]) -> None:
+    rows = export(SOFT)
+    _, batches, _ = run_guide(("SelectiveCollator(collator, masks", "SelectiveCollator(collator, masks, False"))
+    alike = [{**row, "weight": [float(keep) for keep in row["keep"]]} for row in rows]
+    assert sorted(collated(batches[: -(-len(rows) // 4)])) == sorted(expected(folder, alike))
+
+
+# ---------------------------------------------------------------- the pieces
+
+
+def test_a_dataset_that_is_too_short_is_told(folder: Path, export: Callable[..., Any]) -> None:
+    export()
+    with pytest.raises(MaskError, match="this dataset has 2 rows"):
+        SelectedRows([{}, {}], Masks(folder / "export" / "masks.safetensors"))
+
+
+def test_a_number_in_the_messages_is_found_and_taken_out(folder: Path, export: Callable[..., Any]) -> None:
+    rows = export()
+    seen: list[dict[str, Any]] = []
+
+    def collator(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        seen.extend(batch)
+        return {"labels": torch.tensor([rows[1]["token_id"]])}
+
+    content = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+    message = {"role": "user", "content": content, ROW: rows[1]["row"], "tool_calls": None}
+    batch = SelectiveCollator(collator, Masks(folder / "export" / "masks.safetensors"))([{"messages": [message]}])
+    assert (batch["labels"][0] != IGNORED).tolist() == rows[1]["keep"]
+    assert seen == [{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]}]
+
+
+def test_a_step_without_any_label_is_a_loss_of_zero() -> None:
+    class Trainer:
+        class args:  # noqa: N801
+            average_tokens_across_devices = True
+            world_size = 1
+            device = "cpu"
+
+        class accelerator:  # noqa: N801
+            num_processes = 1
+
+        def get_batch_samples(self, batches: Any) -> Any:
+            return batches, None
+
+    class Weighted(WeightedLoss, Trainer):
+        pass
+
+    def model(**inputs: Any) -> Any:
+        return type("Outputs", (), {"logits": logits})
+
+    logits = torch.randn(1, 4, 7, requires_grad=True)
+    empty = {"labels": torch.full((1, 4), IGNORED)}
+    trainer = Weighted()
+    _, count = trainer.get_batch_samples([empty])
+    for total in (count, None):
+        loss = trainer.compute_loss(model, empty, num_items_in_batch=total)
+        loss.backward()
+        assert loss.item() == 0
+        assert not logits.grad.any()
