@@ -45,6 +45,7 @@ KINDS: dict[str, Arm] = {
         Arm(name="", kind="soft", by="sample", weights="clamp"),
         Arm(name="", kind="pvi", by="sample+token", keep=70, counterfactual="drop"),
         Arm(name="", kind="cal", by="sample", counterfactual="mask", weights="clamp"),
+        Arm(name="", kind="refresh", by="sample+token", keep=70, train={"refresh_every": 25}),
     )
 }
 """Kinds of arms, each with its usual share; one with a name of its own takes no other share."""
@@ -54,7 +55,7 @@ SHARES = (30, 50, 70, 90)
 DEFAULT = ",".join(
     ["aligned", VANILLA]
     + [f"{kind}@{share}" for kind in ("random", "sample", "token", "vig") for share in SHARES]
-    + ["soft@100", "pvi@70", "cal@100"]
+    + ["soft@100", "pvi@70", "cal@100", "refresh@70"]
 )
 """The grid that is tried when nothing else is said."""
 
