@@ -494,6 +494,9 @@ def test_what_cannot_be_joined_is_one_clear_message(
         ("siglip", {"vision_feature_select": "default"}, "has no class token"),
         ("clip", {"vision_feature_layer": -5}, "has 4 hidden states"),
         ("clip", {"vision_feature_layer": 4}, "has 4 hidden states"),
+        ("clip", {"image_size": 7}, "--image-size is 7; a patch of .*clip alone has 8 pixels"),
+        ("siglip2", {"image_size": 7}, "--image-size is 7"),
+        ("dinov2", {"image_size": 40}, "cannot be given another size of pictures; leave --image-size 40 out"),
     ],
 )
 def test_options_that_do_not_fit_the_tower_are_told(

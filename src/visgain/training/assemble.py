@@ -152,6 +152,9 @@ def load_tower(name: str, *, layer: int, side: int | None = None) -> Tower:
     paths = [path.removeprefix("model.") for path in PART_PATHS["vision"]]
     found = (getattr(whole, path, None) for path in paths)
     model = next((part for part in found if isinstance(part, PreTrainedModel)), whole)
+    patch = getattr(model.config, "patch_size", None)
+    if side is not None and isinstance(patch, int) and side < patch:
+        raise ModelError(f"--image-size is {side}; a patch of {name} alone has {patch} pixels")
     if hasattr(model.config, "num_patches") and not hasattr(model.config, "image_size"):
         model = of_one_size(model, side)
     for key in ("image_size", "patch_size", "hidden_size"):
