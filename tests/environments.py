@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from typing import Any
 
 import filelock
 
+from guides import code
+
 TORCH = "torch==2.13.0"
 REQUIREMENTS = Path(__file__).parent / "requirements"
 
@@ -28,18 +29,32 @@ SPY = """\
 import functools, json, os
 import transformers.trainer
 
+def write(batch):
+    kept = {name: batch[name].tolist() for name in ("input_ids", "labels", "loss_scale") if name in batch}
+    with open(os.environ["SPY"], "a") as file:
+        print(json.dumps(kept), file=file)
+
 def spied(inner):
     @functools.wraps(inner)
     def get_batch_samples(*args, **kwargs):
         samples, count = inner(*args, **kwargs)
-        with open(os.environ["SPY"], "a") as file:
-            for batch in samples:
-                kept = {name: batch[name].tolist() for name in ("input_ids", "labels", "loss_scale") if name in batch}
-                print(json.dumps(kept), file=file)
+        for batch in samples:
+            write(batch)
         return samples, count
     return get_batch_samples
 
-transformers.trainer.Trainer.get_batch_samples = spied(transformers.trainer.Trainer.get_batch_samples)
+def spied_step(inner):
+    @functools.wraps(inner)
+    def training_step(self, model, inputs, *args, **kwargs):
+        write(inputs)
+        return inner(self, model, inputs, *args, **kwargs)
+    return training_step
+
+trainer = transformers.trainer.Trainer
+if hasattr(trainer, "get_batch_samples"):
+    trainer.get_batch_samples = spied(trainer.get_batch_samples)
+else:  # before transformers 4.46
+    trainer.training_step = spied_step(trainer.training_step)
 """
 """A sitecustomize.py: writes down every collated batch that a Trainer is about to train on, and changes nothing."""
 
@@ -105,23 +120,7 @@ def batches(spy: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in spy.read_text().splitlines()]
 
 
-# ---------------------------------------------------------------- guides
-
-
-def blocks(guide: Path, language: str) -> list[str]:
-    """The code blocks of a guide in one language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", guide.read_text(), re.M | re.S)
-
-
-def commands(guide: Path) -> list[list[str]]:
-    """The commands of a guide's sh blocks as arguments."""
-    lines = "\n".join(blocks(guide, "sh")).replace("\\\n", " ").splitlines()
+def commands(guide: str) -> list[list[str]]:
+    """The commands of the sh blocks of docs/trainers/GUIDE.md as arguments."""
+    lines = "\n".join(code(guide, "sh")).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
-def replaced(text: str, *pairs: tuple[str, str]) -> str:
-    """A guide's text with each first string, which must be there, replaced by the second."""
-    for old, new in pairs:
-        assert old in text, f"{old!r} is not in the guide any more"
-        text = text.replace(old, new)
-    return text
-
-

@@ -43,7 +43,7 @@ def _turns(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
 
 
-def run_ours(guide: Path, folder: Path) -> None:
+def run_ours(guide: str, folder: Path) -> None:
     """The guide's commands of visgain, in `folder`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -84,13 +84,18 @@ def trained_rows(batches: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {name: values[k] for name, values in batch.items()}
 
 
-def check_labels(folder: Path, batches: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every kept row was trained on once, and of its tokens exactly the selected carried loss. Returns the pairs."""
-    tokenizer = tiny_llava.vicuna_like("legacy")
+def check_labels(
+    folder: Path, batches: list[dict[str, Any]], tokenizer: Any = None
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every kept row was trained on once, and of its tokens exactly the selected carried loss. Returns the pairs.
+
+    `tokenizer`: the one that was trained with, if not that of `write_folder`.
+    """
+    tokenizer = tokenizer or tiny_llava.vicuna_like("legacy")
     kept = {row["row"]: row for row in kept_rows(folder)}
     pairs = []
     for trained in trained_rows(batches):
-        text = tokenizer.decode(trained["input_ids"])
+        text = tokenizer.decode([token for token in trained["input_ids"] if token >= 0])  # LLaVA's pictures are -200
         fits = [
             row
             for row in kept.values()

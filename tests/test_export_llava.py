@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from environments import commands
 from tiny_llava import clip_llava, qwen2_like, siglip_llava, vicuna_like
 from visgain.config import ExportConfig
 from visgain.data import open_dataset
 from visgain.errors import ConfigError
+from visgain.export import EXPORTERS
 from visgain.export.run import ExportSummary, run_export
 from visgain.storage import SELECTION_SCHEMA, SOFT_SELECTION_SCHEMA, write_selection
 from visgain.types import Sample
@@ -31,6 +33,7 @@ from visgain.vlm.load import VLM
 from visgain.vlm.template import make_encoder
 
 FORKS = Path(__file__).parent / "forks"
+GUIDES = Path(__file__).parents[1] / "docs" / "trainers"
 IGNORED = -100
 
 CHATML = (
@@ -156,8 +159,8 @@ class Case:
     def run(self, *before: str, arguments: Sequence[str] = (), **said: Any) -> subprocess.CompletedProcess[str]:
         """The stand-in's script through the launcher. `said`: other values for its arguments."""
         fork = FORKS / self.fork.folder
-        data = self.out / ("data/train-00000-of-00001.parquet" if self.fork.name == "nanovlm" else "data.json")
-        values = {"data_path": data, "image_folder": self.config.data.parent, "tokenizer": self.tokenizer} | said
+        data = {"data_path": self.out / "data.json", "train_dataset_path": self.out / "data"}
+        values = {**data, "image_folder": self.config.data.parent, "tokenizer": self.tokenizer} | said
         options = [f"--{name}={value}" for name, value in ({"output": self.out.parent / "said.jsonl"} | values).items()]
         launcher = str(self.out / "visgain_launch.py")
         environment = {**os.environ, "PYTHONPATH": f"{FORKS}{os.pathsep}{fork}", "OMP_NUM_THREADS": "1"}
@@ -309,7 +312,7 @@ def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_the_export_says_how_many_rows_will_arrive_without_labels(unlabelled: Case) -> None:
-    assert any(note.startswith("4 rows have an empty turn") for note in unlabelled.done.notes)
+    assert any(note.startswith("4 rows have an empty question or last answer") for note in unlabelled.done.notes)
 
 
 def test_a_row_that_arrives_without_labels_stops_the_training(unlabelled: Case) -> None:
@@ -458,7 +461,8 @@ def test_the_note_is_a_command_for_the_trainer(llava: Case) -> None:
 
 def test_plain_llava_json_has_no_masks_and_says_so(llava: Case, tmp_path: Path) -> None:
     done = run_export(replace(llava.config, to="llava-json", out=tmp_path / "out"))
-    assert (tmp_path / "out/data.json").read_text() == (llava.out / "data.json").read_text()
+    there, here = (json.loads((out / "data.json").read_text()) for out in (llava.out, tmp_path / "out"))
+    assert here == there
     assert not (tmp_path / "out/masks.safetensors").exists()
     left = llava.done.tokens - llava.done.active_tokens
     assert done.notes[0].startswith(f"{left} answer tokens that are not selected carry loss all the same")
@@ -521,3 +525,51 @@ def test_nanovlms_table_says_which_row_each_is_and_how_pictures_are_opened(tmp_p
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     assert features["images"] == {"feature": {"_type": "Image"}, "_type": "List"}
     assert set(features) == set(table.column_names)
+
+
+# ---------------------------------------------------------------- guides
+
+
+def test_a_guides_table_says_which_exporter_is_whose() -> None:
+    text = (GUIDES / "llava.md").read_text()
+    names = {name for name in EXPORTERS.names() if f"| `{name}` |" in text}
+    assert names == {fork.name for fork in TRAINERS} | {"llava-json"}
+    for fork in TRAINERS:
+        assert f"| `{fork.name}` | `{EXPORTERS.get(fork.name).script}` |" in text
+
+
+STARTED = [
+    ("llava.md", 0, LLAVA),
+    pytest.param("llava.md", 1, TRAINERS[2], marks=SLOW),
+    pytest.param("llava.md", 2, TRAINERS[5], marks=SLOW),
+    ("llava.md", 3, TRAINERS[7]),
+    pytest.param("llava.md", 4, LLAVA, marks=SLOW),
+    ("nanovlm.md", 0, NANOVLM),
+]
+
+
+@pytest.mark.parametrize(("guide", "number", "fork"), STARTED)
+def test_the_guides_commands_train_on_exactly_the_selected_tokens(
+    guide: str, number: int, fork: Fork, tmp_path: Path
+) -> None:
+    """As they stand there, but for where the data lies, and with python in place of what starts several processes."""
+    data = make_rows(tmp_path)
+    config, kept = select(tmp_path, data, fork)
+    [export] = [command for command in commands(GUIDES / guide) if command[:2] == ["visgain", "export"]]
+    assert export[export.index("--to") + 1] == ("nanovlm" if fork is NANOVLM else "llava")
+    run_export(replace(config, out=tmp_path / "export"))
+    theirs = [command for command in commands(GUIDES / guide) if command[0] != "visgain"]
+    launcher = next(place for place, word in enumerate(theirs[number]) if word.endswith("visgain_launch.py"))
+    command = [sys.executable, *(word.replace("/data", str(tmp_path), 1) for word in theirs[number][launcher:])]
+    command = [word.replace('","/data"', f'","{tmp_path}"') for word in command]
+    ours = [f"--tokenizer={save_tokenizer(fork, tmp_path / 'tokenizer.json')}", f"--output={tmp_path / 'said.jsonl'}"]
+    folder = FORKS / fork.folder
+    environment = {**os.environ, "PYTHONPATH": f"{FORKS}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *ours], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    if "--check" in command:
+        assert f"{len(kept)} rows read, 0 of them would stop the training" in done.stdout
+    else:
+        items = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+        found = sorted(token for item in items for token in carrying(item["labels"]))
+        assert found == sorted(token for tokens in kept.values() for token in tokens)

@@ -122,7 +122,12 @@ def read_arguments():
     parser.add_argument("--start_method")
     parser.add_argument("--model_max_length", type=int, default=2048)
     parser.add_argument("--local_rank", type=int, default=-1)
-    return parser.parse_args()
+    parser.add_argument("--dataset.finetune_stage_components", dest="components", type=json.loads)  # prismatic's
+    parser.add_argument("--train_dataset_path")  # nanoVLM's
+    arguments, _ = parser.parse_known_args()
+    if arguments.components is not None:
+        arguments.data_path, arguments.image_folder = arguments.components
+    return arguments
 
 
 def collate(items):

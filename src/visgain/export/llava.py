@@ -110,20 +110,6 @@ class OpenQwen2VL(Prismatic):
     """`--to open-qwen2vl`."""
 
 
-@dataclass(frozen=True)
-class LlavaJson:
-    """`--to llava-json`: the kept rows and nothing else, for whoever selects by row alone."""
-
-    def export(self, selected: Selected, out: Path) -> Sequence[str]:
-        with open_json(out / DATA) as write:
-            for kept in selected:
-                write(llava_record(kept, out))
-        left = selected.n_tokens - selected.n_active
-        if left == 0:
-            return []
-        return [f"{left:,} answer tokens that are not selected carry loss all the same: {DATA} has no masks"]
-
-
 @contextmanager
 def open_json(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A writer of a list of rows, one a line, there when all are written. ASCII: who reads it may not say UTF-8."""
@@ -160,13 +146,14 @@ def require_hard(selected: Selected) -> None:
 
 def _breaks_counting(sample: Sample) -> bool:
     """Whether LLaVA, which counts the tokens of each round apart, will not arrive at the number of the whole."""
-    return any(not turn.text.strip() or any(text in turn.text for text in _BREAKS_COUNTING) for turn in sample.turns)
+    empty = any(turn.role == "user" and not turn.text for turn in sample.turns) or not sample.turns[-1].text
+    return empty or any(text in turn.text for turn in sample.turns for text in _BREAKS_COUNTING)
 
 
 def _notes(uncounted: int) -> list[str]:
     if not uncounted:
         return []
     return [
-        f"{uncounted:,} rows have an empty turn, or an end token or a role in a text: in template v1 these trainers "
-        f"give them no label at all, and {LAUNCHER} stops there unless it is told --allow-mismatch"
+        f"{uncounted:,} rows have an empty question or last answer, an end token or a role in a text: in template v1 "
+        f"these trainers give them no label at all, and {LAUNCHER} stops there unless it is told --allow-mismatch"
     ]

@@ -17,7 +17,7 @@ class Table(list):
 
 
 def get_dataloaders(arguments):
-    table = pq.read_table(Path(arguments.data_path))
+    table = pq.read_table(Path(arguments.train_dataset_path))
     rows = table.to_pylist()
     random.Random(0).shuffle(rows)
     n_val = len(rows) // 5

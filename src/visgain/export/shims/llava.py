@@ -119,8 +119,8 @@ class Guard:
         """A row whose every label is -100: LLaVA's way to say that its own counting of tokens did not add up."""
         self.told["mismatch"] = count = self.told.get("mismatch", 0) + 1
         text = (
-            f"row {row}: the trainer gives no label to any of its {n_tokens} answer tokens ('tokenization mismatch', "
-            "see its output above): an empty question or answer, the end token or a role in a text, or a tokenizer "
+            f"row {row}: the trainer gives no label to any of its {n_tokens} answer tokens, which it calls a "
+            "'tokenization mismatch': an empty question or answer, the end token or a role in a text, or a tokenizer "
             "that its template was not written for"
         )
         if not self.options.allow_mismatch:
