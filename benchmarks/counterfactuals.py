@@ -18,7 +18,7 @@ import numpy as np
 from _results import result_row, write_results
 from visgain.analysis.truth import auroc, read_truth, token_truth
 from visgain.config import ScoreConfig, WorldConfig
-from visgain.counterfactuals import parse_counterfactual
+from visgain.counterfactuals import parse_condition
 from visgain.scoring.run import run_score
 from visgain.storage import flat_values, list_lengths, read_scores
 from visgain.world.dataset import write_world
@@ -30,6 +30,8 @@ CASES = (
     *(f"noise:step={step}" for step in (250, 500, 750, 999)),
     *(f"shuffle:grid={grid}" for grid in (3, 6, 12)),
     "swap",
+    "drop",
+    "mask",
 )
 BASELINE = "mean"
 
@@ -39,13 +41,14 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3, help="worlds to average over")
+    parser.add_argument("--cases", nargs="+", default=CASES, help="which, the baseline among them; not all are kept")
     options = parser.parse_args()
     measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(options.seeds):
             world = Path(scratch) / f"world-{seed}"
             write_world(WorldConfig(out=world, split="train", rows=options.rows, seed=1000 + seed))
-            for case in CASES:
+            for case in options.cases:
                 out = Path(scratch) / f"{seed}-{case}"
                 run_score(ScoreConfig(model=options.model, data=world / "data.json", out=out, counterfactual=case))
                 for metric, value in measure(out, world).items():
@@ -56,7 +59,7 @@ def main() -> None:
     rows = [
         result_row(
             benchmark="counterfactuals",
-            case=parse_counterfactual(case).spec,
+            case=parse_condition(case).spec,
             metric=metric,
             ours=value,
             baseline=table[BASELINE][metric],
@@ -67,7 +70,8 @@ def main() -> None:
         for metric, value in metrics.items()
         if metric == "AUROC"
     ]
-    write_results("counterfactuals", rows)
+    if options.cases == CASES:
+        write_results("counterfactuals", rows)
 
 
 def measure(scores: Path, world: Path) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 
 from naive import built, naive_nll, picture
 from tiny_models import llava_vicuna, make_sample
-from visgain.counterfactuals import Counterfactual, parse_counterfactual
+from visgain.counterfactuals import Condition, Counterfactual, parse_condition
 from visgain.errors import EncodingError, ImageError, VisgainError
 from visgain.scoring.engine import Engine
 from visgain.scoring.feed import Fed, Feed, deaths_told, feed
@@ -85,9 +85,9 @@ class ZooEncoder:
         return [error_as_value(self.encode, sample, images) for sample in samples]
 
 
-def source(dataset: Rows, name: str = "llava", counterfactual: str | Counterfactual = "blur", **options: Any) -> Feed:
+def source(dataset: Rows, name: str = "llava", counterfactual: str | Condition = "blur", **options: Any) -> Feed:
     if isinstance(counterfactual, str):
-        counterfactual = parse_counterfactual(counterfactual)
+        counterfactual = parse_condition(counterfactual)
     encoder = make_encoder(built(name), **options) if ZOO[name].processor else ZooEncoder(name)
     return Feed(dataset=dataset, encoder=encoder, counterfactual=counterfactual, seed=7)
 
@@ -141,7 +141,7 @@ def test_rows_whose_pictures_are_taken_by_the_question_are_units_by_question() -
     vlm, encoder = built("instructblip"), ZooEncoder("instructblip")
     engine = Engine(vlm=vlm, way="single", pack_tokens=1)
     found = dict(zip([0, 2, 1], engine.score(fed.units), strict=True))
-    blind = parse_counterfactual("blur")(shown.open(), rng=np.random.default_rng(0), other=pytest.fail)
+    blind = parse_condition("blur")(shown.open(), rng=np.random.default_rng(0), other=pytest.fail)
     for row, (seen, unseen) in found.items():
         assert np.allclose(seen, naive_nll(vlm, encoder.encode(dataset[row], [shown.open()])), rtol=0, atol=1e-4)
         assert np.allclose(unseen, naive_nll(vlm, encoder.encode(dataset[row], [blind])), rtol=0, atol=1e-4)

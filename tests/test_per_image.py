@@ -187,7 +187,7 @@ def test_one_picture_blind_is_kept_in_the_room_of_one_picture(name: str) -> None
     pictures = conditions(shown(seeds, sizes), shown([seed + 100 for seed in seeds], sizes))
     _, blind, *alone = (encode(name, talk, images).model_inputs for images in pictures)
     one = Unit.of([encode(name, talk, pictures[0])], blind, alone)
-    for inputs, made in zip(alone, list(one.conditions())[2:], strict=True):
+    for inputs, made in zip(alone, list(one.pictures())[2:], strict=True):
         assert inputs.keys() >= made.keys()
         for key, value in made.items():
             assert torch.equal(value, inputs[key]) if isinstance(value, torch.Tensor) else value == inputs[key]
@@ -395,7 +395,7 @@ def test_a_swapped_image_is_none_of_the_rows_own(blank_model: Path, album: Path,
         assert isinstance(sample, Sample)
         fed = scorer.source[0, [number]]
         [unit] = fed.units
-        seen, blind, *alone = unit.conditions()
+        seen, blind, *alone = unit.pictures()
         foreign = [image for name, image in pictures.items() if name not in own]
         for k in range(len(own)):
             image = pictures[own[k]]

@@ -1,7 +1,8 @@
-"""Counterfactuals: what stands in the place of the real image when a sample is scored blind.
+"""Blind conditions: what becomes of the real image when a sample is scored blind.
 
-A counterfactual is a small frozen dataclass whose fields are its options, each with a default. It is named in text,
-`blur` or `blur:sigma=0.1`; `parse_counterfactual` reads that and `spec` writes it back with every option. Add one by
+Another picture stands in its place (a counterfactual), or it is left out (`drop`), or its tokens are hidden (`mask`).
+A condition is a small frozen dataclass whose fields are its options, each with a default. It is named in text, `blur`
+or `blur:sigma=0.1`; `parse_condition` reads that and `spec` writes it back with every option. Add a counterfactual by
 subclassing Counterfactual and naming it in COUNTERFACTUALS or in the entry-point group `visgain.counterfactuals`.
 """
 
@@ -27,10 +28,19 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class Counterfactual(ABC):
-    """Makes the picture that the blind condition sees. Subclasses are frozen dataclasses, so equal specs are equal."""
+class Condition(ABC):
+    """How a sample is blind. Subclasses are frozen dataclasses, so equal specs are equal."""
 
     name: ClassVar[str]
+
+    @property
+    def spec(self) -> str:
+        """The canonical text with the value of every option, which `parse_condition` reads back."""
+        return spec_of(self.name, self)
+
+
+class Counterfactual(Condition):
+    """Makes the picture that the blind condition sees."""
 
     @abstractmethod
     def __call__(
@@ -41,11 +51,6 @@ class Counterfactual(ABC):
         The result depends on the arguments alone: equal generators give equal pictures. `other()` decodes another
         sample's image; whoever needs none does not call it.
         """
-
-    @property
-    def spec(self) -> str:
-        """The canonical text with the value of every option, which `parse_counterfactual` reads back."""
-        return spec_of(self.name, self)
 
 
 @dataclass(frozen=True)
@@ -209,14 +214,47 @@ class Unchanged(Counterfactual):
         return image
 
 
-COUNTERFACTUALS: Registry[type[Counterfactual]] = Registry(
-    "counterfactual", {kind.name: kind for kind in (Blur, Mean, Noise, Shuffle, Swap, Unchanged)}
+@dataclass(frozen=True)
+class Drop(Condition):
+    """The conversation without its pictures: no image tokens, every word as it was.
+
+    As pointwise V-information (PVI: Ethayarajh et al. 2022, arXiv 2110.08420) leaves an input out, but for one thing:
+    PVI trains a model for each condition, and here one model is asked in both. The text moves up to where the image
+    tokens were, so its positions differ from those of the seen condition.
+    """
+
+    name: ClassVar[str] = "drop"
+
+
+@dataclass(frozen=True)
+class Mask(Condition):
+    """The same sequence with the same pictures, to whose tokens no token attends, at the same positions.
+
+    The blind condition of Contrastive ALignment (CAL: Xiao et al. 2024, arXiv 2405.17871), whose code sets the
+    attention mask of image tokens to 0, for every query in every layer, and leaves inputs and positions alone. Also as
+    there, an answer token that directly follows a picture is predicted at the picture's last token, and knows that one
+    patch. The one difference: an image token with nothing before it, which in LLaVA does not occur, may see itself.
+    """
+
+    name: ClassVar[str] = "mask"
+
+
+COUNTERFACTUALS: Registry[type[Condition]] = Registry(
+    "counterfactual", {kind.name: kind for kind in (Blur, Drop, Mask, Mean, Noise, Shuffle, Swap, Unchanged)}
 )
 
 
+def parse_condition(spec: str) -> Condition:
+    """The blind condition that `name` or `name:key=value,key=value` says. Raises UnknownName or ConfigError."""
+    made: Condition = COUNTERFACTUALS.make(spec)
+    return made
+
+
 def parse_counterfactual(spec: str) -> Counterfactual:
-    """The counterfactual that `name` or `name:key=value,key=value` says. Raises UnknownName or ConfigError."""
-    made: Counterfactual = COUNTERFACTUALS.make(spec)
+    """The same where a picture is needed. Raises ConfigError for a condition that makes none, too."""
+    made = parse_condition(spec)
+    if not isinstance(made, Counterfactual):
+        raise ConfigError(f"counterfactual {spec!r} puts no picture in the image's place, which is needed here")
     return made
 
 

@@ -96,6 +96,7 @@ class Encoded:
     n_image_tokens: int
     truncated: bool = False
     model_inputs: Mapping[str, Any] = field(default_factory=dict)  # pixel_values and whatever else the model takes
+    masked: bool = False  # whether attention to its image tokens is cut
 
     @property
     def token_id(self) -> Int64[np.ndarray, " A"]:

@@ -44,6 +44,8 @@ class Entry:
     # processor that has a tokenizer alone.
     picture: Callable[[VLM, Image], Pieces] | None = None
     why: str = ""
+    blind: str = "drop, mask"  # the conditions without another picture that it can be scored in
+    cuttable: bool = True  # whether what is masked is as if cut out: no windows, no states but those of attention
     looks_ahead: bool = False  # whether an answer depends on pictures after it
     seed: int = 0
     strength: float = 1.0  # multiplies random weights

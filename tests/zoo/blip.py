@@ -72,6 +72,8 @@ def instructblip():
 ENTRIES = [
     Entry(
         name="blip-2",
+        blind="mask",
+        cuttable=False,  # takes no text without pictures
         text="completion",
         way="single",  # the body is not apart from the head
         make=blip2,
@@ -82,6 +84,8 @@ ENTRIES = [
     ),
     Entry(
         name="instructblip",
+        blind="mask",
+        cuttable=False,  # takes no text without pictures
         text="completion",
         way="single",  # the body is not apart from the head
         make=instructblip,

@@ -333,6 +333,7 @@ def llama4_tiles(image: Image) -> dict[str, torch.Tensor]:
 ENTRIES = [
     Entry(
         name="cohere2_vision",
+        cuttable=False,
         make=cohere2_vision,
         missing="Cohere2VisionImageProcessor",
         ends=("<|END_OF_TURN_TOKEN|>",),
@@ -340,6 +341,7 @@ ENTRIES = [
     ),
     Entry(
         name="lfm2_vl",
+        cuttable=False,
         make=lfm2_vl,
         missing="Lfm2VlImageProcessor",
         way="cached",  # a state goes from token to token
@@ -364,6 +366,7 @@ ENTRIES = [
     ),
     Entry(
         name="llama4",
+        cuttable=False,
         make=llama4,
         missing="Llama4ImageProcessor",
         way="cached",  # the body is not apart from the head

@@ -177,6 +177,7 @@ def paligemma2():
 ENTRIES = [
     Entry(
         name="gemma3",
+        cuttable=False,
         way="mutual",  # the tokens of a picture see each other
         make=gemma3,
         ends=("<end_of_turn>\n",),
@@ -185,6 +186,7 @@ ENTRIES = [
     ),
     Entry(
         name="gemma4",
+        cuttable=False,
         way="mutual",
         make=gemma4,
         ends=("<turn|>\n",),
@@ -192,6 +194,7 @@ ENTRIES = [
     ),
     Entry(
         name="paligemma",
+        blind="mask",
         pictures="before the first question",
         text="completion",
         way="single",  # the question is read both ways
@@ -202,6 +205,8 @@ ENTRIES = [
     ),
     Entry(
         name="paligemma2",
+        blind="mask",
+        cuttable=False,
         pictures="before the first question",
         text="completion",
         way="single",

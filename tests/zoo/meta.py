@@ -59,6 +59,7 @@ def mllama():
 ENTRIES = [
     Entry(
         name="mllama",
+        blind="drop",
         way="cached",  # cross-attention
         make=mllama,
         ends=("<|eot_id|>",),

@@ -80,6 +80,7 @@ ENTRIES = [
     ),
     Entry(
         name="mistral3",
+        cuttable=False,
         make=mistral3,
         ends=("</s>",),
         note="merged patches; windows of 12 tokens in every layer; its processor is mended as Pixtral's",

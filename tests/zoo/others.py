@@ -238,6 +238,7 @@ ENTRIES = [
     Entry(name="lighton_ocr", make=lighton_ocr, ends=("<|im_end|>\n",), note="Pixtral's tower and Qwen3; image_sizes"),
     Entry(
         name="minicpmv4_6",
+        cuttable=False,
         make=minicpm,
         way="cached",  # linear attention: a state goes from token to token
         ends=("<|im_end|>\n",),

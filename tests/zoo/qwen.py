@@ -178,6 +178,7 @@ ENTRIES = [
     Entry(name="qwen3_vl_moe", make=qwen3_vl_moe, ends=ENDS, note="as qwen3_vl, experts in all layers but the first"),
     Entry(
         name="qwen3_5",
+        cuttable=False,
         way="cached",  # a state goes from token to token
         make=qwen3_5,
         ends=ENDS,

@@ -31,6 +31,8 @@ the numbers are the same.
 - **text by**: the processor's chat template, or, where it knows no chat, a question that is completed.
 - **pictures**: `between turns` is anywhere, in any number. Rows that hold more than the model takes are skipped, with
   the reason.
+- **blind too by**: `drop` and `mask`, which put no picture in the image's place ([engine.md](engine.md)), beside all
+  that do. What is missing is refused with one message.
 
 """
 
@@ -74,7 +76,7 @@ holds the model's own image token.
 
 def table() -> str:
     """The document."""
-    rows = ["| family | works | text by | way | pictures | notes |", "|---|---|---|---|---|---|"]
+    rows = ["| family | works | text by | way | pictures | blind too by | notes |", "|---|---|---|---|---|---|---|"]
     rows += [_row(entry) for entry in sorted(ZOO.values(), key=lambda entry: entry.name)]
     missing = "\n".join(f"- {entry.name}: `{entry.missing}`" for entry in ZOO.values() if entry.missing)
     why = "\n".join(
@@ -87,7 +89,7 @@ def table() -> str:
 
 def _row(entry: Entry) -> str:
     works = "yes" if entry.loads else "but for loading" if entry.processor else "scoring alone"
-    return f"| {entry.name} | {works} | {entry.text} | {entry.way} | {entry.pictures} | {entry.note} |"
+    return f"| {entry.name} | {works} | {entry.text} | {entry.way} | {entry.pictures} | {entry.blind} | {entry.note} |"
 
 
 if __name__ == "__main__":

@@ -309,6 +309,7 @@ ENTRIES = [
     ),
     Entry(
         name="aya_vision",
+        cuttable=False,
         make=aya_vision,
         ends=("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",),
         note="tiles with text between them; scaled logits; one layer with a window of 12, one without positions; tied",
@@ -316,6 +317,7 @@ ENTRIES = [
     Entry(name="got_ocr2", make=got_ocr2, ends=("<|im_end|>\n",), note="256 tokens a picture, always; tied embeddings"),
     Entry(
         name="ovis2",
+        cuttable=False,  # the marks around tiles, too, are the vision side's
         make=ovis2,
         ends=("<|im_end|>\n",),
         note="patches as soft words of a visual vocabulary; marks around tiles are embedded by the vision side",

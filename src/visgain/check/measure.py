@@ -18,7 +18,6 @@ from tqdm import tqdm
 from visgain.check.reading import Reading, told
 from visgain.check.scan import Outline, outline
 from visgain.config import ScoreConfig
-from visgain.counterfactuals import parse_counterfactual
 from visgain.data import Dataset
 from visgain.errors import VisgainError
 from visgain.scoring import run
@@ -105,7 +104,7 @@ def measure(config: ScoreConfig, vlm: VLM, dataset: Dataset, reading: Reading) -
     """Score some rows of `reading` as `config` says. What goes wrong comes back as `failure`."""
     workers = run.n_workers(config, vlm)
     try:
-        counterfactual = parse_counterfactual(config.counterfactual)
+        counterfactual = run.blind_condition(config)
         with run.computing_with(run.n_threads(vlm)):
             pace = _forward_seconds(vlm, reading)
             chosen = Chosen(dataset, _rows(reading, pace))

@@ -15,7 +15,6 @@ from visgain.check.reading import Reading, read, sample_rows, told
 from visgain.check.run_checks import Trial
 from visgain.check.scan import Scan, scan
 from visgain.config import CheckConfig
-from visgain.counterfactuals import parse_counterfactual
 from visgain.data import Dataset
 from visgain.errors import ConfigError, ModelError, VisgainError
 from visgain.scoring import run
@@ -30,7 +29,7 @@ def run_check(config: CheckConfig) -> Checked:
 
     Whatever else is wrong, with the dataset or with the model, is a finding.
     """
-    parse_counterfactual(config.counterfactual)
+    run.blind_condition(config)
     find_profile(config.template)
     stages = _Stages()
     dataset = stages.do("data", lambda: run.scored_dataset(config), mend=_right_root(config))

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float64, Int32, Int64
 from PIL import Image
 
 from visgain.analysis.words import visible
-from visgain.counterfactuals import Counterfactual, parse_counterfactual
+from visgain.counterfactuals import Condition, Counterfactual, parse_condition
 from visgain.data import Dataset
 from visgain.errors import ImageError
 from visgain.report.overview import Rows
@@ -170,7 +170,7 @@ class Exchange:
 @dataclass(frozen=True, kw_only=True)
 class Picture:
     seen: str  # data URI; "" where it could not be made
-    blind: str
+    blind: str  # "" too where the blind condition shows no picture
     problem: str = ""
     aspect: float = 1.0  # width over height
     gain: float | None = None  # nats, of this picture among several
@@ -202,16 +202,19 @@ class Card:
 class Blinder:
     """Makes again the blind picture of a sample, or for a random counterfactual one like it."""
 
-    change: Counterfactual
+    change: Condition
     seed: int
     dataset: Dataset
     rows_after: Callable[[int], Iterator[int]]  # the other rows with images, to borrow from
 
     @staticmethod
     def of(spec: str, seed: int, dataset: Dataset, rows_after: Callable[[int], Iterator[int]]) -> Blinder:
-        return Blinder(change=parse_counterfactual(spec), seed=seed, dataset=dataset, rows_after=rows_after)
+        return Blinder(change=parse_condition(spec), seed=seed, dataset=dataset, rows_after=rows_after)
 
-    def blind(self, image: Image.Image, row: int) -> Image.Image:
+    def blind(self, image: Image.Image, row: int) -> Image.Image | None:
+        """None if the blind condition shows no picture."""
+        if not isinstance(self.change, Counterfactual):
+            return None
         return self.change(image, rng=np.random.default_rng([self.seed, row]), other=lambda: self._other(row, image))
 
     def _other(self, row: int, image: Image.Image) -> Image.Image:
@@ -252,9 +255,10 @@ def _pictures(sample: Sample, blinder: Blinder, image_gain: Sequence[float]) -> 
     for number, reference in enumerate(sample.images[:MOST_PICTURES]):
         try:
             image = reference.open()
+            blind = blinder.blind(image, sample.row)
             yield Picture(
                 seen=data_uri(image),
-                blind=data_uri(blinder.blind(image, sample.row)),
+                blind="" if blind is None else data_uri(blind),
                 aspect=image.width / image.height,
                 gain=image_gain[number] if len(image_gain) > 1 else None,
             )

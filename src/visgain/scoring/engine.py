@@ -23,12 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
+from torch import Tensor
 
 from visgain.errors import ModelError
 from visgain.scoring.forward import answer_nll
 from visgain.scoring.unit import Rows, Unit, equal
 from visgain.types import Encoded
+from visgain.vlm.batch import is_hidden
 from visgain.vlm.encode import PER_TOKEN_INPUTS
 from visgain.vlm.forward import pack_nll
 from visgain.vlm.load import VLM
@@ -95,7 +97,7 @@ def _span_inputs(vlm: VLM, row: Encoded, start: int, stop: int) -> dict[str, Any
     """Inputs for tokens [start, stop) of `row`, with its pictures if that is where they are."""
     inputs: dict[str, Any] = {
         "input_ids": torch.from_numpy(row.input_ids[None, start:stop]),
-        "attention_mask": torch.ones(1, stop, dtype=torch.int64),
+        "attention_mask": torch.from_numpy(~is_hidden(row, vlm.image_token_id)[None, :stop]).long(),
         "position_ids": row_positions(vlm.model, row)[..., start:stop],
     }
     for name, value in row.model_inputs.items():
@@ -178,10 +180,7 @@ class Engine:
 
     def _nlls(self, way: str, units: Sequence[Unit]) -> list[PerCondition]:
         conditions = zip(*(unit.conditions() for unit in units), strict=True)
-        nlls = [
-            WAYS[way](self.vlm, [unit.rows_with(pictures) for unit, pictures in zip(units, condition, strict=True)])
-            for condition in conditions
-        ]
+        nlls = [WAYS[way](self.vlm, groups) for groups in conditions]
         return list(zip(*nlls, strict=True))
 
     def n_tokens(self, unit: Unit) -> int:
@@ -195,10 +194,8 @@ def halves(units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]] | None:
     """`units` in two, in order: by units, else by the rows of the only one; None if there is but one row."""
     if len(units) > 1:
         return list(units[: len(units) // 2]), list(units[len(units) // 2 :])
-    rows = units[0].rows
-    if len(rows) == 1:
-        return None
-    return [replace(units[0], rows=rows[: len(rows) // 2])], [replace(units[0], rows=rows[len(rows) // 2 :])]
+    half = len(units[0].rows) // 2
+    return ([units[0].some(slice(half))], [units[0].some(slice(half, None))]) if half else None
 
 
 def scored(engine: Engine, units: Iterable[Unit]) -> Iterator[tuple[Unit, list[PerCondition]]]:
@@ -246,8 +243,8 @@ def choose_way(vlm: VLM, probes: Sequence[Unit], ways: Iterable[str] = WAYS) -> 
 
     Raises ModelError if no way agrees, or if the pictures do not reach the model.
     """
-    # Two units at least whose pictures can be mixed up in a pack.
-    probes = [*probes, replace(probes[-1], seen=probes[-1].blind, blind=probes[-1].seen)]
+    _check_blind(vlm, probes[-1])
+    probes = [*probes, _otherwise(probes[-1])]  # two units at least whose pictures can be mixed up in a pack
     reference = _all_nll(vlm, "single", probes)
     _check_canary(vlm, probes, reference)
     rejected: dict[str, str] = {}
@@ -304,21 +301,64 @@ def _disagreement_in_float32(vlm: VLM, way: str, probes: Sequence[Unit]) -> str 
         return _disagreement(vlm, way, probes, reference, tolerance=0.01)
 
 
-def _off_by(found: Float32[np.ndarray, "2 A"], reference: Float32[np.ndarray, "2 A"]) -> float:
+def _off_by(found: Float32[np.ndarray, "*n"], reference: Float32[np.ndarray, "*n"]) -> float:
     """The largest difference; where the reference is not finite, the guard against that has its say later."""
     finite = np.isfinite(reference)
     return float(np.abs(found[finite] - reference[finite]).max(initial=0.0))
 
 
+def _otherwise(unit: Unit) -> Unit:
+    """The same conversations about other pictures: the blind ones, or, where there are none, the seen ones dimmed."""
+    if not unit.blind_rows:
+        return replace(unit, seen=unit.blind, blind=unit.seen)
+    dimmed = {
+        name: value / 2 if isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name else value
+        for name, value in unit.seen.items()
+    }
+    return replace(unit, seen=dimmed, blind=dimmed if unit.blind else {})
+
+
+def _check_blind(vlm: VLM, unit: Unit) -> None:
+    """Raises ModelError if the model cannot leave pictures out, or if masking its image tokens does not hide them."""
+    if not unit.blind_rows:
+        return
+    how, mend = "hide" if unit.blind else "do without", "use another --counterfactual"
+    try:
+        blind, other = (_blind_nll(vlm, each) for each in (unit, _otherwise(unit)))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model that must have pictures, or takes no positions, may fail in any manner
+        reason = (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__
+        raise ModelError(f"{vlm.name} cannot {how} its pictures ({reason}); {mend}") from error
+    # What directly follows a picture is predicted from its last token, which still holds a patch of it, as in CAL.
+    after = np.concatenate([_follows_picture(row, vlm.image_token_id) for row in unit.blind_rows])
+    if _off_by(other[~after], blind[~after]) > TOLERANCE[vlm.model.dtype]:
+        raise ModelError(
+            f"{vlm.name} sees its pictures in other ways than by attention to their tokens, so masking these does not "
+            f"hide them; {mend}, e.g. drop"
+        )
+
+
+def _blind_nll(vlm: VLM, unit: Unit) -> NLL:
+    _, rows, *_ = unit.conditions()
+    return np.concatenate(single(vlm, [rows]))
+
+
+def _follows_picture(row: Encoded, image_token_id: int) -> Bool[np.ndarray, " A"]:
+    """Which answer tokens come directly after an image token."""
+    before = np.append(False, row.input_ids[:-1] == image_token_id)
+    return np.asarray(before[row.is_answer])
+
+
 def _check_canary(vlm: VLM, probes: Sequence[Unit], reference: Float32[np.ndarray, "2 A"]) -> None:
     """Raises ModelError if the counterfactual, or another picture in the first one's place, changes no score."""
-    blurred = any(not equal(unit.seen, unit.blind) for unit in probes)
+    blurred = any(unit.blind_rows or not equal(unit.seen, unit.blind) for unit in probes)
     if blurred and np.array_equal(*reference):
         raise ModelError(
             f"{vlm.name} answers the same with the picture and with the counterfactual: pictures do not reach the model"
         )
     swapped = [
-        replace(unit, blind=other.seen)
+        replace(unit, blind=other.seen, blind_rows=())
         for unit, other in itertools.pairwise(probes)
         if unit.kind == other.kind
         and unit.rows[0].n_image_tokens == other.rows[0].n_image_tokens
@@ -333,14 +373,22 @@ def with_longest(unit: Unit, length: int) -> Unit:
 
     Windows, and positions that are scaled by length, show only in long conversations, and the probes may be short.
     """
-    row = unit.rows[0]
-    size = len(row.input_ids)
+    more = max(0, length - len(unit.rows[0].input_ids))
+    return replace(
+        unit,
+        rows=[*unit.rows, _lengthened(unit.rows[0], more)],
+        blind_rows=[*unit.blind_rows, *(_lengthened(row, more) for row in unit.blind_rows[:1])],
+    )
+
+
+def _lengthened(row: Encoded, more: int) -> Encoded:
+    """`row` and `more` of its answer tokens."""
     # Of the answers alone: there may be a picture between them, which must not stand there twice.
-    index = np.concatenate([np.arange(size), np.resize(row.is_answer.nonzero()[0], max(0, length - size))])
+    index = np.concatenate([np.arange(len(row.input_ids)), np.resize(row.is_answer.nonzero()[0], more)])
     is_answer = row.is_answer[index]
     n = int(is_answer.sum())
     inputs = {name: value[:, torch.from_numpy(index)] for name, value in row.model_inputs.items()}
-    longest = replace(
+    return replace(
         row,
         input_ids=row.input_ids[index],
         is_answer=is_answer,
@@ -348,4 +396,3 @@ def with_longest(unit: Unit, length: int) -> Unit:
         chars=np.zeros((n, 2), np.int32),
         model_inputs=inputs,
     )
-    return replace(unit, rows=[*unit.rows, longest])

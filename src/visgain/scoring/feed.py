@@ -7,8 +7,8 @@ distinct picture decoded and prepared once, seen and blind; and the records of t
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
+import re
 import signal
 import sys
 import threading
@@ -24,14 +24,12 @@ from PIL.Image import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
-from visgain.counterfactuals import Counterfactual
+from visgain.counterfactuals import Condition, Counterfactual, Drop
 from visgain.data import Dataset
-from visgain.errors import EncodingError, ImageError, VisgainError
+from visgain.errors import EncodingError, ImageError, ModelError, VisgainError
 from visgain.scoring.unit import Change, Unit, taken_alike
-from visgain.types import Encoded, ImageRef, Sample, Skipped, TokenScores
-from visgain.vlm.encode import Encoder, without_end_of_turn
-
-Row = tuple[Sample, Encoded]
+from visgain.types import IMAGE_MARK, Encoded, ImageRef, Sample, Skipped, TokenScores, Turn
+from visgain.vlm.encode import PER_TOKEN_INPUTS, Encoder, without_end_of_turn
 
 _NONE = np.zeros(0, dtype=np.float32)
 
@@ -55,12 +53,21 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Row:
+    """A conversation as the model reads it, and, where it is to be scored so, without its pictures."""
+
+    sample: Sample
+    encoded: Encoded
+    dropped: Encoded | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Feed(MapDataset[Fed]):
     """(part, rows of a unit) -> Fed. Picklable if its members are, and knows nothing of the model's weights."""
 
     dataset: Dataset
     encoder: Encoder
-    counterfactual: Counterfactual
+    counterfactual: Condition
     seed: int
     end_of_turn: str = "score"
     per_image: bool = False  # whether each of several pictures is also blinded on its own
@@ -70,8 +77,8 @@ class Feed(MapDataset[Fed]):
         done: list[TokenScores | Skipped] = []
         groups: dict[tuple[str, ...], list[tuple[Sample, list[Picture]]]] = {}
         decoded: dict[str, Picture] = {}
-        for row in rows:
-            sample = self.dataset[row]
+        for number in rows:
+            sample = self.dataset[number]
             if isinstance(sample, Skipped):
                 done.append(sample)
                 continue
@@ -87,16 +94,25 @@ class Feed(MapDataset[Fed]):
             encoded, unreadable = self._encoded(samples, pictures)
             done += unreadable
             if not pictures:
-                done += itertools.starmap(_record, encoded)
+                done += map(_record, encoded)
                 continue
             for alike in _grouped(encoded):
                 try:
                     units.append(self._unit(alike, pictures))
                 except EncodingError as error:
-                    done += [skipped(sample, str(error)) for sample, _ in alike]
+                    done += [skipped(row.sample, str(error)) for row in alike]
                 else:
-                    records.append(list(itertools.starmap(_record, alike)))
+                    records.append(list(map(_record, alike)))
         return Fed(part=part, units=units, records=records, done=done)
+
+    def require_blind(self) -> None:
+        """Raises ModelError if no conversation at all can be read without a picture, and pictures are to be dropped."""
+        if not isinstance(self.counterfactual, Drop):
+            return
+        turns = (Turn(role="user", text="What is this?"), Turn(role="assistant", text="A dog."))
+        [read] = self.encoder.encode_all([Sample(row=0, id="0", turns=turns)], [])
+        if isinstance(read, EncodingError):
+            raise ModelError(f"a conversation without pictures cannot be read ({read}); use another --counterfactual")
 
     def _encoded(self, samples: Sequence[Sample], pictures: Sequence[Picture]) -> tuple[list[Row], list[Skipped]]:
         """Conversations about the same pictures, and those that cannot be encoded."""
@@ -105,27 +121,42 @@ class Feed(MapDataset[Fed]):
         images = [picture.image for picture in pictures]
         for sample, encoded in zip(samples, self.encoder.encode_all(samples, images), strict=True):
             try:
-                rows.append((sample, self._cut(encoded)))
+                rows.append(self._row(sample, self._cut(encoded)))
             except EncodingError as error:
                 unreadable.append(skipped(sample, str(error)))
         return rows, unreadable
 
+    def _row(self, sample: Sample, encoded: Encoded) -> Row:
+        """Raises EncodingError if the sample is to be scored without its pictures and cannot be."""
+        if not (isinstance(self.counterfactual, Drop) and sample.images):
+            return Row(sample=sample, encoded=encoded)
+        bare = replace(sample, images=(), turns=tuple(map(_without_marks, sample.turns)))
+        dropped = self._cut(self.encoder.encode_all([bare], [])[0])
+        # Without the image tokens, more of an answer may fit into the longest sequence.
+        dropped = _first_answers(dropped, len(encoded.turn)) if encoded.truncated else dropped
+        _require_same_answers(dropped, encoded)
+        return Row(sample=sample, encoded=encoded, dropped=dropped)
+
     def _unit(self, rows: Sequence[Row], pictures: Sequence[Picture]) -> Unit:
         """`rows` with a blind side. Raises EncodingError if the counterfactual cannot stand where the pictures do."""
-        seen, blind = [picture.image for picture in pictures], self._blind(pictures)
+        encoded = [row.encoded for row in rows]
+        if isinstance(self.counterfactual, Drop):
+            return Unit.dropped(encoded, [row.dropped for row in rows if row.dropped is not None])
+        if not isinstance(self.counterfactual, Counterfactual):
+            return Unit.masked(encoded)
+        seen, blind = [picture.image for picture in pictures], self._blind(pictures, self.counterfactual)
         # With one picture it is the blind side once more.
         alone = range(len(pictures)) if self.per_image and len(pictures) > 1 else ()
         return Unit.of(
-            [encoded for _, encoded in rows],
+            encoded,
             self._inputs(rows[0], blind),
             [self._inputs(rows[0], [*seen[:k], blind[k], *seen[k + 1 :]]) for k in alone],
         )
 
     def _inputs(self, row: Row, images: Sequence[Image]) -> Mapping[str, Any]:
         """The model inputs of `row` with other pictures. Raises EncodingError if these take other tokens."""
-        sample, like = row
-        other = self._cut(self.encoder.encode_all([sample], images)[0])
-        if not np.array_equal(other.input_ids, like.input_ids):
+        other = self._cut(self.encoder.encode_all([row.sample], images)[0])
+        if not np.array_equal(other.input_ids, row.encoded.input_ids):
             raise EncodingError("the counterfactual changed the number of image tokens")
         return other.model_inputs
 
@@ -134,12 +165,12 @@ class Feed(MapDataset[Fed]):
             raise encoded
         return without_end_of_turn(encoded) if self.end_of_turn == "ignore" else encoded
 
-    def _blind(self, pictures: Sequence[Picture]) -> list[Image]:
+    def _blind(self, pictures: Sequence[Picture], counterfactual: Counterfactual) -> list[Image]:
         # Seeded by what a picture shows: it has the same counterfactual wherever it appears, so that conversations
         # about it can share the blind picture too, and no order, other row or resumption changes what is drawn.
         shown = {picture.digest for picture in pictures}
         return [
-            self.counterfactual(
+            counterfactual(
                 picture.image,
                 rng=np.random.default_rng([self.seed, int(picture.digest, 16)]),
                 other=lambda picture=picture: self._other(picture, shown),  # type: ignore[misc]
@@ -171,7 +202,7 @@ def _grouped(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows about the same pictures, together where the model takes the pictures alike."""
     groups: list[list[Row]] = []
     for row in rows:
-        group = next((group for group in groups if taken_alike(group[0][1], row[1])), None)
+        group = next((group for group in groups if taken_alike(group[0].encoded, row.encoded)), None)
         if group is None:
             groups.append([row])
         else:
@@ -187,8 +218,44 @@ def _decode(image: ImageRef, decoded: dict[str, Picture]) -> Picture:
     return decoded[image.key]
 
 
-def _record(sample: Sample, encoded: Encoded) -> TokenScores:
+def _without_marks(turn: Turn) -> Turn:
+    """A turn without its pictures. A line break beside one goes with it, but one stays between two texts."""
+    text = re.sub(rf"(\n?){IMAGE_MARK}(\n?)", lambda found: "\n" if found[1] and found[2] else "", turn.text)
+    return replace(turn, text=text) if turn.role == "user" else turn
+
+
+def _first_answers(encoded: Encoded, n: int) -> Encoded:
+    """`encoded` up to its `n`-th answer token, if it has more."""
+    if len(encoded.turn) <= n:
+        return encoded
+    size = int(encoded.is_answer.nonzero()[0][n - 1]) + 1
+    own = {name: value[:, :size] for name, value in encoded.model_inputs.items() if name in PER_TOKEN_INPUTS}
+    return replace(
+        encoded,
+        input_ids=encoded.input_ids[:size],
+        is_answer=encoded.is_answer[:size],
+        turn=encoded.turn[:n],
+        chars=encoded.chars[:n],
+        model_inputs={**encoded.model_inputs, **own},
+    )
+
+
+def _require_same_answers(dropped: Encoded, seen: Encoded) -> None:
+    """Raises EncodingError unless both are scored on the same answer tokens, one by one."""
+    if dropped.is_answer[0]:
+        raise EncodingError("without its picture nothing stands before the answer, so its first token has no score")
+    size = min(len(dropped.token_id), len(seen.token_id))
+    pairs = ((dropped.token_id, seen.token_id), (dropped.turn, seen.turn), (dropped.chars, seen.chars))
+    for one, other in pairs:
+        differs = (one[:size] != other[:size]).reshape(size, -1).any(axis=1)
+        if differs.any() or len(one) != len(other):
+            place = int(differs.argmax()) if differs.any() else size
+            raise EncodingError(f"without its picture the answer is other tokens, from token {place} on")
+
+
+def _record(row: Row) -> TokenScores:
     """The record of a row before it is measured."""
+    sample, encoded = row.sample, row.encoded
     return TokenScores(
         row=sample.row,
         id=sample.id,
@@ -286,6 +353,7 @@ def _converted(fed: Fed, kind: type, convert: Callable[[Any], Any]) -> Fed:
             seen=each(unit.seen),
             blind=each(unit.blind),
             blind_to=[each(changes) for changes in unit.blind_to],
+            blind_rows=[replace(row, model_inputs=each(row.model_inputs)) for row in unit.blind_rows],
         )
         for unit in fed.units
     ]

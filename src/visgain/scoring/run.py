@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 import visgain
 from visgain.config import ScoreConfig
-from visgain.counterfactuals import Counterfactual, parse_counterfactual
+from visgain.counterfactuals import Condition, Counterfactual, parse_condition
 from visgain.data import Dataset, open_dataset, reading
+from visgain.errors import ConfigError
 from visgain.scoring.claims import Rank, alone, claim
 from visgain.scoring.draft import FILE as DRAFT_FILE
 from visgain.scoring.draft import compare_draft
@@ -112,7 +113,7 @@ class Scorer:
             return [skipped(record, reason) for _, record, _ in overflown]
         records: list[TokenScores | Skipped] = []
         for unit, record, number in overflown:
-            [found] = self._wider.score([replace(unit, rows=[unit.rows[number]])])
+            [found] = self._wider.score([unit.some(slice(number, number + 1))])
             measured = self._measured(record, found)
             records.append(measured if is_finite(measured) else skipped(record, reason))
         return records
@@ -157,7 +158,7 @@ def _compare_draft(config: ScoreConfig) -> None:
     """A finished draft against the dtype that the device would have had by default."""
     dataset = scored_dataset(config)
     vlm = load_model(config, _best_dtype(config))
-    source = make_feed(replace(config, per_image=False), dataset, parse_counterfactual(config.counterfactual), vlm)
+    source = make_feed(replace(config, per_image=False), dataset, parse_condition(config.counterfactual), vlm)
     plan = read_plan(config.out, read_json(config.out / "run.json", "scores")["n_parts"])
     with computing_with(n_threads(vlm)):
         compare_draft(config.out, plan, source, vlm)
@@ -256,7 +257,7 @@ class Progress:
 
 def open_run(config: ScoreConfig) -> tuple[Scorer, Plan]:
     """Check the cheap things first: options, dataset, then the model; then plan, or read the plan of a run begun."""
-    counterfactual = parse_counterfactual(config.counterfactual)
+    counterfactual = blind_condition(config)
     find_profile(config.template)  # a mistyped name is told before the model is loaded
     dataset = scored_dataset(config)
     vlm = load_model(config, run_dtype(config))
@@ -282,6 +283,17 @@ def open_run(config: ScoreConfig) -> tuple[Scorer, Plan]:
     return Scorer(engine=engine, source=source, config=config, workers=n_workers(config, vlm)), plan
 
 
+def blind_condition(config: ScoreConfig) -> Condition:
+    """What `config.counterfactual` says. Raises UnknownName, or ConfigError if it is wrong or not for --per-image."""
+    condition = parse_condition(config.counterfactual)
+    if config.per_image and not isinstance(condition, Counterfactual):
+        raise ConfigError(
+            f"--per-image does not go with --counterfactual {condition.name}, which puts no picture in an image's "
+            "place; use blur, mean or another that does"
+        )
+    return condition
+
+
 def scored_dataset(config: ScoreConfig) -> Dataset:
     return open_dataset(
         config.data,
@@ -293,8 +305,9 @@ def scored_dataset(config: ScoreConfig) -> Dataset:
     )
 
 
-def make_feed(config: ScoreConfig, dataset: Dataset, counterfactual: Counterfactual, vlm: VLM) -> Feed:
-    return Feed(
+def make_feed(config: ScoreConfig, dataset: Dataset, counterfactual: Condition, vlm: VLM) -> Feed:
+    """Raises ModelError if the model's processor cannot be blind in this way."""
+    source = Feed(
         dataset=dataset,
         encoder=make_encoder(vlm, config.template, config.max_length),
         counterfactual=counterfactual,
@@ -302,6 +315,8 @@ def make_feed(config: ScoreConfig, dataset: Dataset, counterfactual: Counterfact
         end_of_turn=config.end_of_turn,
         per_image=config.per_image,
     )
+    source.require_blind()
+    return source
 
 
 def checked_way(config: ScoreConfig, source: Feed, vlm: VLM, plan: Plan, ways: Sequence[str]) -> tuple[VLM, Choice]:

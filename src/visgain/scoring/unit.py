@@ -41,6 +41,8 @@ class Change:
 class Unit:
     """Conversations about the same pictures. `seen` and `blind` are the model inputs that hold the pictures.
 
+    `blind_rows`: the rows as the model reads them blind, if they are not `rows` with other pictures: without pictures,
+    or with pictures that are masked.
     `blind_to[k]` is what becomes of `seen` when picture k alone gives way to its counterfactual: all inputs of all
     pictures for each of them would be many times as much. Empty where nobody asks.
     The rows' own inputs are those with a value a token.
@@ -50,6 +52,7 @@ class Unit:
     seen: Mapping[str, Any]
     blind: Mapping[str, Any]
     blind_to: Sequence[Mapping[str, Any]] = ()
+    blind_rows: Rows = ()
 
     @classmethod
     def of(cls, rows: Rows, blind: Mapping[str, Any], blind_to: Iterable[Mapping[str, Any]] = ()) -> Unit:
@@ -62,8 +65,30 @@ class Unit:
             blind_to=[_changes(seen, _split(inputs)[1]) for inputs in blind_to],
         )
 
-    def conditions(self) -> Iterator[Mapping[str, Any]]:
-        """The inputs that hold the pictures: seen, blind, blind to one picture after the other."""
+    @classmethod
+    def dropped(cls, rows: Rows, without: Rows) -> Unit:
+        """From rows as in `of`, and each of them without its pictures."""
+        return replace(cls.of(rows, {}), blind_rows=tuple(without))
+
+    @classmethod
+    def masked(cls, rows: Rows) -> Unit:
+        """From rows as in `of`, whose pictures are the same when blind, and hidden."""
+        unit = cls.of(rows, rows[0].model_inputs)
+        return replace(unit, blind_rows=tuple(replace(row, masked=True) for row in unit.rows))
+
+    def some(self, which: slice) -> Unit:
+        """The same about some of the rows."""
+        return replace(self, rows=self.rows[which], blind_rows=self.blind_rows[which])
+
+    def conditions(self) -> Iterator[Rows]:
+        """The rows as the model reads them: seen, blind, blind to one picture after the other."""
+        pictures = self.pictures()
+        yield self.rows_with(next(pictures))
+        yield _with(self.blind_rows or self.rows, next(pictures))
+        yield from map(self.rows_with, pictures)
+
+    def pictures(self) -> Iterator[Mapping[str, Any]]:
+        """The inputs that hold the pictures in each of the conditions."""
         yield self.seen
         yield self.blind
         for changes in self.blind_to:
@@ -71,12 +96,16 @@ class Unit:
 
     def rows_with(self, pictures: Mapping[str, Any]) -> Rows:
         """The rows with `pictures` (`seen`, `blind` or any other) among their inputs."""
-        return [replace(row, model_inputs={**row.model_inputs, **pictures}) for row in self.rows]
+        return _with(self.rows, pictures)
 
     @property
     def kind(self) -> Any:
         """Units of the same kind can go side by side, in as many conditions."""
         return signature(self.rows_with(self.seen)[0]), len(self.blind_to)
+
+
+def _with(rows: Rows, pictures: Mapping[str, Any]) -> Rows:
+    return [replace(row, model_inputs={**row.model_inputs, **pictures}) for row in rows]
 
 
 def _changes(seen: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

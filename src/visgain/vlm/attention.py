@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -41,13 +41,15 @@ class Layout:
 
     `wanted`: positions [N], ascending, whose final hidden states are used; the last layer computes no others.
     `block`: for each token the number of the picture it belongs to, 0 for text. Where `mutual` is set, the tokens of a
-    picture also see each other's future, as in Gemma 3.
+    picture also see each other's future, as in Gemma 3. `hidden`: tokens that no token sees; a token that would see
+    nothing at all sees itself.
     """
 
     segments: Sequence[Segment]
     wanted: Int64[Tensor, " N"]
     block: Int64[Tensor, " T"]
     mutual: bool = False
+    hidden: Bool[Tensor, " T"] | None = None
     last_attention: nn.Module | None = None
     _masks: dict[Any, Tensor | None] = field(default_factory=dict)
     _rows: dict[int, Tensor] = field(default_factory=dict)
@@ -79,7 +81,7 @@ class Layout:
         return self._is_causal(size, window) and size < 2 * (segment.stop - segment.start)
 
     def _is_causal(self, size: int, window: int | None) -> bool:
-        return (window is None or window >= size) and not self.mutual
+        return (window is None or window >= size) and not self.mutual and self.hidden is None
 
     def mask(self, number: int, window: int | None, *, trimmed: bool, like: Tensor) -> Float[Tensor, "Q K"] | None:
         """0 where segment `number`'s tokens (only the wanted ones if `trimmed`) see their chain, -inf elsewhere.
@@ -104,6 +106,9 @@ class Layout:
             seen |= (block[own][:, None] == block[None, :]) & (block[own][:, None] > 0)
         if window is not None:
             seen &= distance < window
+        if self.hidden is not None:
+            seen &= ~along(self.hidden, self.way(number), dim=0)
+            seen |= (distance == 0) & ~seen.any(dim=1, keepdim=True)
         return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
 
 

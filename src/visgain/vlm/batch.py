@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -41,6 +42,11 @@ def signature(encoded: Encoded) -> tuple[Any, ...]:
     if not inputs.keys() - set(PER_TOKEN_INPUTS):
         return ()  # no picture
     return tuple((name, shape(name, value)) for name, value in sorted(inputs.items()))
+
+
+def is_hidden(encoded: Encoded, image_token_id: int) -> Bool[np.ndarray, " T"]:
+    """Which tokens no token may attend to: those of the pictures, where the sample is masked."""
+    return np.asarray((encoded.input_ids == image_token_id) & encoded.masked)
 
 
 def pad_batch(samples: Sequence[Encoded], pad_id: int, *, side: str = "right") -> Batch:

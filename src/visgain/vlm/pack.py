@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from visgain.types import Encoded
 from visgain.vlm.attention import Layout, Segment
-from visgain.vlm.batch import concatenated
+from visgain.vlm.batch import concatenated, is_hidden
 from visgain.vlm.encode import PER_TOKEN_INPUTS
 
 
@@ -105,6 +105,7 @@ def _pack(
         wanted=torch.from_numpy(targets - 1).to(model.device),
         block=torch.from_numpy(_blocks(ids == image_token_id, segments)).to(model.device),
         mutual=mutual,
+        hidden=_hidden(pieces, image_token_id, model.device),
         last_attention=last_attention(model),
     )
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids)[None]} | _side_by_side(model, pieces)
@@ -115,6 +116,12 @@ def _pack(
         targets=torch.from_numpy(ids[targets]).to(model.device),
         counts=[len(row.turn) for rows in branched for row in rows],
     )
+
+
+def _hidden(pieces: Sequence[_Piece], image_token_id: int, device: torch.device) -> Bool[Tensor, " T"] | None:
+    """The tokens of masked pictures; None where there are none, as masks cost time."""
+    hidden = np.concatenate([is_hidden(piece.row, image_token_id)[piece.span] for piece in pieces])
+    return torch.from_numpy(hidden).to(device) if hidden.any() else None
 
 
 def _side_by_side(model: PreTrainedModel, pieces: Sequence[_Piece]) -> dict[str, Tensor]:
@@ -174,7 +181,8 @@ def _head_size(packed: Sequence[Branch], image_token_id: int) -> int:
     if len(rows) < 2:
         return 0
     size = min(int((_predicts(row) | (row.input_ids == image_token_id)).argmax()) for row in rows)
-    return _common(rows, size)
+    # Without pictures, conversations of one branch may part where other branches go on alike.
+    return _common(rows, min([size, *(branch.n_shared - 1 for branch in packed if branch.n_shared)]))
 
 
 def _predicts(row: Encoded) -> np.ndarray:
