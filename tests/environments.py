@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-
-from guides import code
 
 TORCH = "torch==2.13.0"
 REQUIREMENTS = Path(__file__).parent / "requirements"
@@ -120,7 +119,23 @@ def batches(spy: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in spy.read_text().splitlines()]
 
 
-def commands(guide: str) -> list[list[str]]:
-    """The commands of the sh blocks of docs/trainers/GUIDE.md as arguments."""
-    lines = "\n".join(code(guide, "sh")).replace("\\\n", " ").splitlines()
+# ---------------------------------------------------------------- guides
+
+
+def blocks(guide: Path, language: str) -> list[str]:
+    """The code blocks of a guide in one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", guide.read_text(), re.M | re.S)
+
+
+def commands(guide: Path) -> list[list[str]]:
+    """The commands of a guide's sh blocks as arguments."""
+    lines = "\n".join(blocks(guide, "sh")).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def replaced(text: str, *pairs: tuple[str, str]) -> str:
+    """A guide's text with each first string, which must be there, replaced by the second."""
+    for old, new in pairs:
+        assert old in text, f"{old!r} is not in the guide any more"
+        text = text.replace(old, new)
+    return text

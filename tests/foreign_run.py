@@ -43,7 +43,7 @@ def _turns(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
 
 
-def run_ours(guide: str, folder: Path) -> None:
+def run_ours(guide: Path, folder: Path) -> None:
     """The guide's commands of visgain, in `folder`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

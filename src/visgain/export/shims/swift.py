@@ -98,5 +98,5 @@ def main() -> None:
     install(Template, Labels(Masks(Path(__file__).with_name("masks.safetensors"))))
 
 
-if __name__ != "visgain.export.shims.swift":  # a plugin takes effect by being imported
+if not __package__:  # a plugin takes effect by being imported
     main()
