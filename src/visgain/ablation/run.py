@@ -30,7 +30,7 @@ from visgain.ablation.statistics import CONFIDENCE
 from visgain.ablation.table import FORMULA, as_markdown, grids, notes
 from visgain.ablation.trial import Stages, run_arm
 from visgain.config import AblateConfig
-from visgain.counterfactuals import parse_counterfactual
+from visgain.counterfactuals import parse_condition
 from visgain.errors import ConfigError, VisgainError
 from visgain.evaluation.benchmark import BENCHMARKS, JudgedBenchmark
 from visgain.scoring.claims import Rank, claim_named
@@ -157,7 +157,7 @@ def _check(config: AblateConfig, arms: Sequence[Arm]) -> None:
             "where there is room for several"
         )
     for counterfactual in {arm.counterfactual or config.counterfactual for arm in arms}:
-        parse_counterfactual(counterfactual)
+        parse_condition(counterfactual)
     recipe = recipe_of(config)
     find_profile(recipe.template)
     if config.equal == "epochs" and recipe.max_steps:
@@ -179,7 +179,7 @@ def _identity(config: AblateConfig) -> dict[str, Any]:
             "recipe": asdict(recipe_of(config)),
             "equal": config.equal,
             "steps": config.steps,
-            "counterfactual": parse_counterfactual(config.counterfactual).spec,
+            "counterfactual": parse_condition(config.counterfactual).spec,
             "benchmarks": config.benchmarks,
             **bench_identity(config),
         }
