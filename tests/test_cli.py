@@ -37,10 +37,11 @@ SURFACE = {
         "--vision-feature-select"
     ),
     "train": (
-        "--batch-size --columns --data --device --dtype --epochs --follow-links --format --image-root "
-        "--learning-rate --lora-rank --loss-reduction --max-length --max-pixels --max-steps --micro-batch --model "
-        "--no-follow-links --no-trust-remote-code --out --pack-tokens --packing --parts --projector --recipe --report-to "
-        "--save-steps --seed --selection --template --trust-remote-code"
+        "--batch-size --columns --data --device --dtype --epochs --follow-links --format --gradient-checkpointing "
+        "--image-root --learning-rate --lora-rank --loss-reduction --max-length --max-pixels --max-steps "
+        "--micro-batch --model --no-follow-links --no-gradient-checkpointing --no-trust-remote-code --out "
+        "--pack-tokens --packing --parallel --parts --projector --recipe --refresh-every --report-to --save-steps --seed "
+        "--selection --template --trust-remote-code"
     ),
     "export": (
         "--columns --data --follow-links --format --image-root --max-pixels --model --no-follow-links --out --scores "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,20 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback
 
 from visgain.storage import storage_errors
+
+
+class Pace:
+    """How many tokens a second there have been since the last time of asking."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens, self._time = tokens, time.monotonic()
+
+    def __call__(self, tokens: int) -> float:
+        """`tokens`: all so far."""
+        now = time.monotonic()
+        rate = (tokens - self._tokens) / max(now - self._time, 1e-9)
+        self._tokens, self._time = tokens, now
+        return round(rate, 1)
 
 
 class QuietProgress(ProgressCallback):  # type: ignore[misc]

@@ -28,6 +28,7 @@ from visgain.scoring.claims import Rank
 from visgain.training.checkpoint import CheckpointedTrainer
 from visgain.training.collate import TrainingRow
 from visgain.training.known import KnownRows
+from visgain.training.logs import Pace
 from visgain.training.loss import averaged_by_micro_batch, summed_weight, weighed
 from visgain.training.optimiser import divide_by_rate
 from visgain.training.packing import PADDED, WAYS, Choice, Way, choose_way, coarsest, cut, go_together, laid_out
@@ -74,6 +75,7 @@ class SelectiveTrainer(CheckpointedTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.way = self._choose_way()
+        self.pace = Pace(self.active_tokens)
         self.pictures_matter = trains_more_than_language(self._inner(self.model))
         return super().train(*args, **kwargs)
 
@@ -255,7 +257,8 @@ class SelectiveTrainer(CheckpointedTrainer):
             tqdm.write(f"visgain: trains on padded batches of {self.recipe.micro_batch} rows ({reasons})", sys.stderr)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log({**logs, "active_tokens": self.active_tokens}, *args, **kwargs)
+        tokens = self.active_tokens
+        super().log({**logs, "active_tokens": tokens, "active_tokens_per_second": self.pace(tokens)}, *args, **kwargs)
 
 
 def _share(rows: list[TrainingRow]) -> dict[str, Any]:
