@@ -280,7 +280,7 @@ class ExportConfig:
     data: Path
     """The dataset that was scored."""
     to: str
-    """The trainer or format, see `visgain list`; with options as in finevision:levels=5."""
+    """The trainer or format, see `visgain list`; with options as in finevision:levels=10."""
     out: Path
     """Folder for the files; a former export there is replaced."""
     image_root: Path | None = None

@@ -43,11 +43,21 @@ class JsonRows(IndexedRows):
         super().__init__(path, KIND, build_index)
 
     def __getitem__(self, row: int, /) -> Any:
+        record, _ = self._decoded(row)
+        return {"messages": record} if _is_talk(record) else record
+
+    def text(self, row: int) -> str:
+        """The row as it is written in the file, to the letter: JSON."""
+        return self._decoded(row)[1]
+
+    def _decoded(self, row: int) -> tuple[Any, str]:
+        """What the row holds, and how it is written."""
         try:
-            record, _ = _decode(self._file[row].decode("utf-8"))
+            text = self._file[row].decode("utf-8")
+            record, end = _decode(text)
         except (ValueError, RecursionError) as error:
             raise self._file.changed() from error
-        return {"messages": record} if _is_talk(record) else record
+        return record, text[:end]
 
 
 class JoinedRows:
@@ -71,8 +81,18 @@ class JoinedRows:
         return int(self._starts[-1])
 
     def __getitem__(self, row: int, /) -> Any:
+        part, row = self._place(row)
+        return part[row]
+
+    def text(self, row: int) -> str:
+        """The row as it is written in its file, to the letter: JSON."""
+        part, row = self._place(row)
+        return part.text(row)
+
+    def _place(self, row: int) -> tuple[JsonRows, int]:
+        """The file, and the row's number in it."""
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._parts[part][row - int(self._starts[part])]
+        return self._parts[part], row - int(self._starts[part])
 
 
 def find_files(path: Path) -> list[Path]:

@@ -49,10 +49,11 @@ class Exporter(Protocol):
 EXPORTERS: Registry[Exporter] = Registry(
     "exporter",
     {
+        "finevision": "visgain.export.finevision:FineVision",
         "hf": "visgain.export.hf:HuggingFace",
         "llama-factory": "visgain.export.llama_factory:LlamaFactory",
         "llava": "visgain.export.llava:Llava",
-        "llava-json": "visgain.export.llava:LlavaJson",
+        "llava-json": "visgain.export.llava_json:LlavaJson",
         "llava-next": "visgain.export.llava:LlavaNext",
         "ms-swift": "visgain.export.swift:Swift",
         "nanovlm": "visgain.export.nanovlm:NanoVLM",

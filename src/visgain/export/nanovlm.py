@@ -26,20 +26,20 @@ TABLE = "data/train-00000-of-00001.parquet"
 """In a folder of its own: `datasets` takes any JSON beside it for rows."""
 
 _TEXT = {"dtype": "string", "_type": "Value"}
-_FEATURES = {
+FEATURES = {
     "images": {"feature": {"_type": "Image"}, "_type": "List"},
     "texts": {"feature": {"user": _TEXT, "assistant": _TEXT}, "_type": "List"},
     ROW: {"dtype": "int64", "_type": "Value"},
 }
 """The same schema as the package `datasets` calls it, so that pictures are opened and not told as paths."""
 
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     {
         "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})),
         "texts": pa.list_(pa.struct({"user": pa.string(), "assistant": pa.string()})),
         ROW: pa.int64(),
     },
-    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
+    metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})},
 )
 
 
@@ -56,16 +56,16 @@ class NanoVLM:
             def rows() -> Iterator[Mapping[str, Any]]:
                 for kept in selected:
                     masks.add(kept)
-                    yield _row(kept, out)
+                    yield fine_vision_row(kept, out)
 
-            write_table(table, rows(), _SCHEMA)
+            write_table(table, rows(), SCHEMA)
         launcher = write_shim(out, "llava", LAUNCHER)
         folder = table.parent.absolute()
         return [f"in place of `python train.py`: python {launcher} train.py --train_dataset_path {folder} ..."]
 
 
-def _row(kept: KeptRow, out: Path) -> dict[str, Any]:
-    """There all pictures go before the first question, so the text has no marks."""
+def fine_vision_row(kept: KeptRow, out: Path) -> dict[str, Any]:
+    """A row of FineVision. There all pictures go before the first question, so the text has no marks."""
     texts = [turn.text.replace(f"{IMAGE_MARK}\n", "").replace(IMAGE_MARK, "") for turn in kept.sample.turns]
     pairs = [{"user": user, "assistant": answer} for user, answer in zip(texts[::2], texts[1::2], strict=True)]
     return {
