@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from accelerate.utils import enable_fsdp_ram_efficient_loading
 from tqdm import tqdm
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 
 from visgain.config import TrainConfig
@@ -37,6 +39,7 @@ def training_arguments(recipe: Recipe, config: TrainConfig) -> TrainingArguments
     use_cpu = config.device == "cpu" or not torch.cuda.is_available()
     sharding = _sharding(config.parallel)
     _check_processes(config)
+    _check_trackers(config.report_to)
     arguments = TrainingArguments(
         output_dir=str(config.out / "checkpoints"),
         # A batch is all that a rank computes of a step: what goes through the model at once is the trainer's business.
@@ -113,6 +116,15 @@ def _check_processes(config: TrainConfig) -> None:
             f"--parallel {config.parallel} shares a model among several processes, and there is one; start them with "
             "torchrun --nproc-per-node 8 -m visgain train ..."
         )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raises ConfigError for an experiment tracker that Trainer does not know, or whose package is not installed."""
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(f"--report-to {name} is no known tracker: {suggest(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(f"--report-to {name} needs that tracker's package, which is not installed")
 
 
 def _one_device(arguments: TrainingArguments) -> None:
