@@ -32,6 +32,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/select_growth.py
 	$(BIN)/python benchmarks/counterfactuals.py
 	$(BIN)/python benchmarks/score.py
+	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/open_dataset.py

@@ -233,7 +233,7 @@ class TrainConfig:
     packing: Literal["auto", "on", "off"] | None = None
     """Conversations side by side without padding: auto does so where the model gives the same loss for them."""
     pack_tokens: int | None = None
-    """Tokens in one forward pass on one device [default: 2048 on a CPU, 8192 on a GPU]."""
+    """Tokens in one forward pass on one device [default: 1024 on a CPU, 8192 on a GPU]."""
     loss_reduction: Literal["global", "micro-batch"] | None = None
     """Mean over the active tokens of the whole optimiser step, or of each micro-batch and then over those."""
     projector: Path | None = None

@@ -38,7 +38,7 @@ from visgain.training.refresh import Decided, Refresh, Rounds
 from visgain.training.steps import Steps
 from visgain.vlm.logits import output_head, replaced_forward
 
-PACK_TOKENS = {"cpu": 2048, "cuda": 8192}
+PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of a pack by default, by device."""
 
 
