@@ -345,6 +345,7 @@ def test_a_study_has_every_cell_and_says_what_each_trained_on(whole: tuple[Path,
     for one in result.cells:
         assert one["steps"] == 2
         assert one["rows"] == one["selection"]["rows_kept"]
+        assert one["training"]["active_tokens"] == one["active_tokens"]
         assert set(one["seconds"]) == {"score", "select", "train", "evaluate"}
     vanilla, vig = result.arms
     assert vig.counts["active_tokens"] < vanilla.counts["active_tokens"]

@@ -35,6 +35,7 @@ from visgain.errors import ConfigError, VisgainError
 from visgain.evaluation.benchmark import BENCHMARKS, JudgedBenchmark
 from visgain.scoring.claims import Rank, claim_named
 from visgain.storage import claim_run, read_json, storage_errors, write_json, write_text
+from visgain.training.run import SUMMARY
 from visgain.vlm.load import model_fingerprint, model_name
 from visgain.vlm.profiles import find_profile
 
@@ -114,7 +115,7 @@ def _work(cell: Cell, config: AblateConfig, bench: Bench, failures: dict[str, st
 
 
 def run_cell(cell: Cell, config: AblateConfig, bench: Bench) -> dict[str, Any]:
-    """What cell.json holds: the arm and its values, run_arm's numbers, the selection's, and wall times by stage."""
+    """What cell.json holds: the arm, run_arm's numbers, those of selection and training, and wall times by stage."""
     seconds: dict[str, float] = {}
     stages = Stages(
         scores=bench.scores,
@@ -129,6 +130,7 @@ def run_cell(cell: Cell, config: AblateConfig, bench: Bench) -> dict[str, Any]:
         "seed": cell.seed,
         "arm": asdict(cell.arm) | {"train": dict(cell.arm.train)},
         "selection": _selected(cell.folder / "selection") if cell.arm.is_trained else None,
+        "training": read_json(cell.folder / "model" / SUMMARY, "training") if cell.arm.is_trained else None,
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
     }
 
