@@ -193,7 +193,8 @@ def run(images: Path, out: Path) -> dict[str, Any]:
     for name, by, keep in (("vanilla", "sample", 100.0), ("vig", "sample+token", 70.0)):
         config = SelectConfig(scores=out / "scores", out=out / f"select-{name}", by=by, keep=keep)
         clock.stage(f"select-{name}", lambda config=config: run_select(config))
-        counts[name] = json.loads((out / f"select-{name}" / "selection.json").read_text())
+        told = json.loads((out / f"select-{name}" / "selection.json").read_text())
+        counts[name] = {key: told[key] for key in ("tau", "totals", "by_source")}
     tuned = {}
     options = {"recipe": "tune", "learning_rate": 3e-4, "batch_size": 32, "micro_batch": 32, "save_steps": 100}
     options |= {"max_steps": steps_of_one_epoch(data / "mix.json", 32), "template": "llava-1.5"}
@@ -212,7 +213,7 @@ def run(images: Path, out: Path) -> dict[str, Any]:
         "selected": counts,
         "tuned": {name: vars(done) for name, done in tuned.items()},
         "held_out": held_out,
-        "curves": curves,
+        "curves": {name: points[:: max(1, len(points) // 20)] for name, points in curves.items()},
         "seconds": clock.seconds,
     }
 
