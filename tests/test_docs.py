@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from visgain import config as configs
+from visgain.export import EXPORTERS
 from visgain.storage import PER_IMAGE_SCHEMA, SELECTION_SCHEMA
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = sorted((ROOT / "docs/trainers").glob("*.md"))
 VERBS = {
     "demo": configs.DemoConfig,
     "check": configs.CheckConfig,
@@ -36,7 +38,7 @@ VERBS = {
 def commands() -> list[tuple[str, list[str]]]:
     """Every `visgain ...` line in a code block, with continued lines joined."""
     found = []
-    for page in PAGES:
+    for page in [*PAGES, *GUIDES]:
         for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 if line.startswith("visgain "):
@@ -55,7 +57,7 @@ def test_every_documented_command_has_flags_that_exist(verb: str, words: list[st
     assert {word for word in words if word.startswith("--")} <= known
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *GUIDES], ids=lambda page: page.name)
 def test_every_local_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
@@ -80,3 +82,10 @@ def test_make_targets_of_the_readme_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for page in PAGES:
         assert set(re.findall(r"`?make ([a-z-]+)", page.read_text())) <= targets
+
+
+def test_the_table_of_trainers_is_complete() -> None:
+    text = (ROOT / "docs/trainers.md").read_text()
+    assert set(re.findall(r"\]\(trainers/([a-z-]+\.md)\)", text)) == {page.name for page in GUIDES}
+    told = text + (ROOT / "docs/trainers/llava.md").read_text()
+    assert all(f"`{name}`" in told for name in EXPORTERS.names())

@@ -216,3 +216,26 @@ def test_labels_on_the_prompt_stop(trl: Environment, made: Made) -> None:
     done = run(trl, made, program)
     assert done.returncode != 0
     assert "supervised label 0 is" in done.stderr
+
+
+def test_datasets_opens_ratings_as_nanovlm_would(trl: Environment, made: Made, tmp_path: Path) -> None:
+    selection = tmp_path / "selection"
+    run_select(SelectConfig(scores=made.folder / "scores", out=selection, keep=100, by="sample"))
+    config = ExportConfig(
+        selection=selection, scores=made.folder / "scores", data=made.data, to="finevision", out=tmp_path / "export"
+    )
+    run_export(config)
+    program = (
+        "import json; from datasets import load_dataset\n"
+        "rows = load_dataset('export/data', split='train')\n"
+        "json.dump([[len(row['images'][0].getbands()) if row['images'] else 0, len(row['texts']), "
+        "row['visual_dependency_ratings']] for row in rows], open('seen.json', 'w'))\n"
+    )
+    done = trl.run(["python", "-c", program], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "seen.json").read_text())
+    assert len(rows) == 32
+    assert {bands for bands, _, _ in rows} == {0, 3}
+    for bands, n_turns, ratings in rows:
+        assert len(ratings) == n_turns
+        assert all((rating in range(1, 6)) if bands else rating is None for rating in ratings)
