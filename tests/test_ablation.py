@@ -203,6 +203,8 @@ def test_a_metric_is_written_as_it_is_told() -> None:
     percent, nats = {"format": "percent"}, {"format": ".4f"}
     assert (written(percent, 0.9534), written(percent, -0.02, signed=True)) == ("95.3", "−2.0")
     assert written(nats, 1.23456, signed=True) == "+1.2346"
+    assert (written(percent, -0.0001, signed=True), written(percent, 0.0, signed=True)) == ("0.0", "0.0")
+    assert (written(percent, 0.1, signed=True), written(percent, 1.0)) == ("+10.0", "100.0")
 
 
 def test_the_figure_is_whole_svg_with_every_arm_and_its_whiskers() -> None:

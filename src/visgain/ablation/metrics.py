@@ -40,4 +40,4 @@ def written(metric: Metric, value: float, *, signed: bool = False) -> str:
     """`value` as the metric is written, without a percent sign: 95.3."""
     sign = "+" if signed else ""
     text = f"{100 * value:{sign}.1f}" if metric["format"] == "percent" else f"{value:{sign}{metric['format']}}"
-    return text.replace("-", "−")
+    return text.replace("-", "−") if text.strip("+-0.") else text.lstrip("+-")  # what rounds to zero has no sign
