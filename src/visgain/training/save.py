@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from visgain.storage import storage_errors
 from visgain.training.checkpoint import CheckpointedTrainer
 from visgain.vlm.load import VLM
 
 
-def outline(model: nn.Module) -> nn.Module:
+def outline(model: Any) -> Any:
     """A copy of `model` without memory for its weights, to put whole ones into when `model` itself has been sharded."""
     # What deepcopy finds in its memo it takes for copied.
     memo = {id(weight): _shape_of(weight) for weight in model.parameters()}
@@ -27,7 +26,7 @@ def _shape_of(weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=weight.dtype, device="meta"), weight.requires_grad)
 
 
-def whole_model(trainer: CheckpointedTrainer, empty: nn.Module) -> Any:
+def whole_model(trainer: CheckpointedTrainer, empty: Any) -> Any:
     """The trained model with all its weights in the first process; to be called in all. None in the others.
 
     `empty`: the outline of the model before the training.
@@ -38,8 +37,12 @@ def whole_model(trainer: CheckpointedTrainer, empty: nn.Module) -> Any:
     if not trainer.is_world_process_zero():
         return None
     empty.load_state_dict(weights, assign=True)
-    if isinstance(empty, PreTrainedModel):
-        empty.tie_weights()
+    inner = empty.get_base_model() if hasattr(empty, "get_base_model") else empty
+    if any(hasattr(weight, "ds_id") for weight in trainer.model.parameters()):
+        # Loading for ZeRO-3, transformers notes renamings that it has not done, and would undo them in the file.
+        # Without a note it takes those of the model's type.
+        inner._weight_conversions = None
+    inner.tie_weights()
     return empty
 
 
