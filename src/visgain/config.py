@@ -561,9 +561,7 @@ class AblateConfig:
         for name in ("steps", "rows", "test_rows"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; it must be positive")
-        _require(
-            self.steps is None or self.equal == "steps", "--steps does not go with --equal epochs; leave one out"
-        )
+        _require(self.steps is None or self.equal == "steps", "--steps does not go with --equal epochs; leave one out")
         _require(
             self.data is not None or (self.eval_data is None and self.image_root is None),
             "--eval-data and --image-root go with --data",
@@ -572,9 +570,7 @@ class AblateConfig:
             bool(self.benchmarks) == (self.benchmark_data is not None),
             "--benchmarks and --benchmark-data go together",
         )
-        _require(
-            len(set(self.seed_list)) == len(self.seed_list), f"--seeds names a seed twice: {self.seeds}"
-        )
+        _require(len(set(self.seed_list)) == len(self.seed_list), f"--seeds names a seed twice: {self.seeds}")
 
     @property
     def seed_list(self) -> tuple[int, ...]:

@@ -114,7 +114,9 @@ class WorldBench:
         return _train_config(self.config, self.world.train, cell, self.seed, steps)
 
     def evaluate(self, model: str, cell: Path, name: str) -> Mapping[str, float]:
-        return numbers(self.world.evaluate(model, name)) | asked_benchmarks(self.config, model, cell)
+        return numbers(self.world.evaluate(model, name, self.config.device)) | asked_benchmarks(
+            self.config, model, cell
+        )
 
 
 class DataBench:

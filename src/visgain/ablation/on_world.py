@@ -31,6 +31,6 @@ class World:
             if not (config.out / "data.json").is_file():
                 write_world(config)
 
-    def evaluate(self, model: str, name: str) -> dict[str, Any]:
+    def evaluate(self, model: str, name: str, device: str = "auto") -> dict[str, Any]:
         """WorldMetrics of `model` on the test split; progress calls it `name`."""
-        return asdict(evaluate_world(model, self.folder / "test", description=f"evaluating {name}"))
+        return asdict(evaluate_world(model, self.folder / "test", description=f"evaluating {name}", device=device))

@@ -53,13 +53,13 @@ class WorldMetrics:
     captions: int
 
 
-def evaluate_world(model: str, world: Path, *, description: str = "evaluating") -> WorldMetrics:
+def evaluate_world(model: str, world: Path, *, description: str = "evaluating", device: str = "auto") -> WorldMetrics:
     """Metrics of `model` on the split of the world at folder `world`."""
     dataset = open_dataset(world / "data.json")
     truth = [json.loads(line) for line in (world / "truth.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in range(len(dataset)) if truth[row]["things"]]
     samples = [sample for row in rows if isinstance(sample := dataset[row], Sample)]
-    vlm = load_vlm(model)
+    vlm = load_vlm(model, device=device)
     answers = generate_answers(vlm, make_encoder(vlm), samples, max_new_tokens=80, description=description)
     return grade([truth[row] for row in rows], answers)
 
