@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, Int32
 from tqdm import tqdm
 
 from visgain.config import ExportConfig
 from visgain.data import Dataset, open_dataset
 from visgain.errors import DataError
-from visgain.storage import flat_values, list_lengths, read_json, scan_selection, selection_errors
+from visgain.storage import flat_values, list_lengths, read_json, scan_selection, selection_schema
 from visgain.types import Sample
 
 
@@ -60,9 +58,10 @@ class Selected:
             index = 0
             columns = ["row", "fingerprint", "token_id", "keep", *(["weight"] if self.soft else [])]
             for table in scan_selection(self.config.selection, columns):
-                yield from self._rows(table, index)
+                for kept in self._rows(table, index):
+                    yield kept
+                    progress.update()
                 index += len(table)
-                progress.update(len(table))
 
     def _rows(self, table: pa.Table, first: int) -> Iterator[KeptRow]:
         length = list_lengths(table.column("token_id"))
@@ -118,11 +117,5 @@ def open_selected(config: ExportConfig) -> Selected:
         n_rows=n_rows,
         n_tokens=n_tokens,
         n_active=n_active,
-        soft=_has_weights(config.selection),
+        soft="weight" in selection_schema(config.selection).names,
     )
-
-
-def _has_weights(folder: Path) -> bool:
-    path = folder / "selection.parquet"
-    with selection_errors(path):
-        return "weight" in pq.read_schema(path).names
