@@ -444,6 +444,42 @@ def test_a_batch_without_any_active_token_is_harmless_and_others_are_as_before(l
     assert "1 batches had no token that carries loss" in done.stderr
 
 
+STEPS = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from llava.train.train import AutoTokenizer, LazySupervisedDataset, read_arguments
+
+arguments = read_arguments()
+dataset = LazySupervisedDataset(arguments.data_path, AutoTokenizer(arguments.tokenizer), arguments)
+small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+model = LlamaForCausalLM(LlamaConfig(**small, vocab_size=700))
+
+def collate(items):
+    [item] = items
+    return {"input_ids": item["input_ids"][None].clamp(min=0), "labels": item["labels"][None]}
+
+said = TrainingArguments(arguments.output + "-trained", per_device_train_batch_size=1, num_train_epochs=1, use_cpu=True,
+                         logging_steps=1, report_to="none", save_strategy="no", remove_unused_columns=False)
+trainer = Trainer(model=model, args=said, train_dataset=dataset, data_collator=collate)
+trainer.train()
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+print("losses", len(losses), sum(loss == 0 for loss in losses), torch.isfinite(torch.tensor(losses)).all().item(),
+      all(torch.isfinite(weight).all() for weight in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+def test_a_step_without_any_active_token_is_harmless_where_trainer_divides_by_its_labels(
+    unlabelled: Case, tmp_path: Path
+) -> None:
+    (tmp_path / "steps.py").write_text(STEPS)
+    case = replace(unlabelled, fork=replace(LLAVA, script=str(tmp_path / "steps.py")))
+    done = case.run(arguments=["--allow-mismatch"])
+    assert done.returncode == 0, done.stderr
+    assert "losses 6 4 True True" in done.stdout
+    assert "4 batches had no token that carries loss" in done.stderr
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -486,6 +522,16 @@ def test_pictures_of_tables_become_files(tmp_path: Path) -> None:
 def test_soft_weights_are_refused(fork: Fork, tmp_path: Path) -> None:
     config, _ = select(tmp_path, make_rows(tmp_path / "data"), fork, soft=True)
     with pytest.raises(ConfigError, match="select with --weights hard"):
+        run_export(config)
+
+
+@pytest.mark.parametrize("fork", [LLAVA, NANOVLM], ids=lambda fork: fork.name)
+def test_scores_without_ends_of_turns_are_refused(fork: Fork, tmp_path: Path) -> None:
+    config, _ = select(tmp_path, make_rows(tmp_path / "data"), fork)
+    record = json.loads((config.selection / "selection.json").read_text())
+    record["identity"]["end_of_turn"] = "ignore"
+    (config.selection / "selection.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="supervises the end of each turn, which these scores leave out"):
         run_export(config)
 
 

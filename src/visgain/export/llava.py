@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from visgain.data.images import ImageFile
 from visgain.errors import ConfigError
+from visgain.export.conversations import require_ends_of_turns
 from visgain.export.masks import open_masks
 from visgain.export.pictures import picture_paths
 from visgain.export.rows import KeptRow, Selected
@@ -43,6 +44,7 @@ class Llava:
 
     def export(self, selected: Selected, out: Path) -> Sequence[str]:
         require_hard(selected)
+        require_ends_of_turns(selected, "LLaVA")
         uncounted = 0
         with open_masks(out, selected, ["key"]) as masks, open_json(out / DATA) as write:
             for kept in self._rows(selected):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from visgain.export.conversations import write_table
+from visgain.export.conversations import require_ends_of_turns, write_table
 from visgain.export.llava import LAUNCHER, require_hard
 from visgain.export.masks import open_masks
 from visgain.export.pictures import picture_paths
@@ -49,6 +49,7 @@ class NanoVLM:
 
     def export(self, selected: Selected, out: Path) -> Sequence[str]:
         require_hard(selected)
+        require_ends_of_turns(selected, "nanoVLM")
         table = out / TABLE
         table.parent.mkdir(parents=True, exist_ok=True)
         with open_masks(out, selected) as masks:

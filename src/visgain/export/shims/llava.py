@@ -97,6 +97,10 @@ class Guard:
                 f"the trainer reads {len(records)} rows and the selection keeps {len(self.masks)}; "
                 f"give the trainer {wanted}, whole and alone"
             )
+        if "key" not in self.masks.columns:
+            raise MaskError(
+                f"{self.masks.path} is of an export to another trainer; run `visgain export --to llava` again"
+            )
         keys = self.masks.columns["key"].tolist()
         for index, (record, key) in enumerate(zip(records, keys)):  # noqa: B905 Python 3.9
             if record_key(record) != key:
@@ -350,6 +354,7 @@ def _guard_loaders() -> None:
 
     @functools.wraps(init)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
+        _guard_steps()
         if not _State.guarded:
             kind = type(args[0] if args else kwargs.get("dataset"))
             raise MaskError(
@@ -383,6 +388,24 @@ def _guard_loss() -> None:
 
     functional.cross_entropy = guarded
     atexit.register(_tell_empty_batches)
+
+
+def _guard_steps() -> None:
+    """Trainer since transformers 4.46 divides by the labels of a whole step, on all devices, which may be 0 as well."""
+    trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    if not hasattr(trainer, "get_batch_samples") or hasattr(trainer, "_visgain"):
+        return
+    get_batch_samples = trainer.get_batch_samples
+
+    @functools.wraps(get_batch_samples)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batches, count = get_batch_samples(self, *args, **kwargs)
+        if count is not None and count == 0:
+            _State.empty_batches += len(batches)
+            count = count + 1
+        return batches, count
+
+    trainer.get_batch_samples, trainer._visgain = guarded, True
 
 
 def _tell_empty_batches() -> None:
