@@ -44,7 +44,7 @@ SURFACE = {
         "--selection --template --trust-remote-code"
     ),
     "export": (
-        "--columns --data --follow-links --format --image-root --max-pixels --model --no-follow-links --out --scores "
+        "--columns --data --follow-links --format --image-root --max-pixels --no-follow-links --out --scores "
         "--selection --to"
     ),
     "eval": (

@@ -9,10 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visgain.config import ReportConfig, ScoreConfig, SelectConfig, TrainConfig
+    from visgain.config import ExportConfig, ReportConfig, ScoreConfig, SelectConfig, TrainConfig
     from visgain.counterfactuals import parse_counterfactual
     from visgain.data import open_dataset
     from visgain.errors import VisgainError
+    from visgain.export.run import run_export
     from visgain.report.html import write_report
     from visgain.scoring.run import run_score
     from visgain.selection import run_select
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Encoded",
+    "ExportConfig",
     "ReportConfig",
     "Sample",
     "ScoreConfig",
@@ -42,6 +44,7 @@ __all__ = [
     "parse_counterfactual",
     "read_scores",
     "read_selection",
+    "run_export",
     "run_score",
     "run_select",
     "run_train",
@@ -49,10 +52,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "visgain.config": ("ReportConfig", "ScoreConfig", "SelectConfig", "TrainConfig"),
+    "visgain.config": ("ExportConfig", "ReportConfig", "ScoreConfig", "SelectConfig", "TrainConfig"),
     "visgain.counterfactuals": ("parse_counterfactual",),
     "visgain.data": ("open_dataset",),
     "visgain.errors": ("VisgainError",),
+    "visgain.export.run": ("run_export",),
     "visgain.report.html": ("write_report",),
     "visgain.scoring.run": ("run_score",),
     "visgain.selection": ("run_select",),

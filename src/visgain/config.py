@@ -291,8 +291,6 @@ class ExportConfig:
     """Data format or layout of rows, by a name of `visgain list` [default: as scored, or recognised]."""
     scores: Path | None = None
     """Folder that `visgain score` wrote, for exporters that write numbers and not only what is kept."""
-    model: str | None = None
-    """Model folder or hub name, for exporters that need its tokenizer."""
     max_pixels: int = 100_000_000
     """Refuse to decode larger pictures (decompression bombs)."""
     follow_links: bool = False
