@@ -71,7 +71,7 @@ def test_a_mistyped_name_gets_the_nearest_one() -> None:
 
 
 def test_a_name_like_no_other_gets_all_of_them() -> None:
-    with pytest.raises(ConfigError, match=r"known: blur, mean, noise, none, shuffle, swap$"):
+    with pytest.raises(ConfigError, match=r"known: blur, drop, mask, mean, noise, none, shuffle, swap$"):
         COUNTERFACTUALS.get("xyzzy")
 
 
@@ -90,7 +90,7 @@ def test_registries_do_not_share_what_was_loaded() -> None:
 
 def test_a_plug_in_is_listed_without_being_imported_and_then_works_like_a_built_in(install: Path) -> None:
     (install / "toy_plugin.py").write_text(PLUGIN)
-    assert COUNTERFACTUALS.names() == ["blur", "mean", "negative", "noise", "none", "shuffle", "swap"]
+    assert COUNTERFACTUALS.names() == ["blur", "drop", "mask", "mean", "negative", "noise", "none", "shuffle", "swap"]
     assert "toy_plugin" not in sys.modules
     made = parse_counterfactual("negative:strength=0.5")
     assert made == sys.modules["toy_plugin"].Negative(strength=0.5)

@@ -17,7 +17,7 @@ from tiny_run import EVIL, records, token_spans, write_dataset, write_scores, wr
 from tiny_scores import mixed_records, patient
 from visgain import spill, storage
 from visgain.analysis import words
-from visgain.config import ReportConfig
+from visgain.config import ReportConfig, SelectConfig
 from visgain.errors import DataError, StorageError
 from visgain.report import figures, samples
 from visgain.report.counts import count_rows, kept_by_source, summary
@@ -26,6 +26,7 @@ from visgain.report.overview import Rows, open_overview
 from visgain.report.results import format_metric, read_results
 from visgain.report.shade import colour_limit, strength
 from visgain.scored import RowTokens, read_masks, read_rows
+from visgain.selection import run_select
 from visgain.types import Skipped, TokenScores
 
 VOID = {"meta", "link", "img", "br", "path", "rect", "line"}
@@ -174,6 +175,27 @@ def test_every_kind_of_counterfactual_can_be_drawn_again(tmp_path, counterfactua
     first = report(tmp_path, "a.html", samples=4).read_bytes()
     assert first.count(b"<figcaption>blind") >= 3
     assert first == report(tmp_path, "b.html", samples=4).read_bytes()
+
+
+@pytest.mark.parametrize(("condition", "told"), [("drop", "left out"), ("mask", "cut attention")])
+def test_a_condition_without_another_picture_shows_none_and_says_what_became_of_the_real_one(tmp_path, condition, told):
+    data = write_dataset(tmp_path / "data")
+    write_scores(tmp_path / "scores", data, condition)
+    page = report(tmp_path, samples=4)
+    assert b"<figcaption>seen" in page.read_bytes()
+    assert b"blind</figcaption>" not in page.read_bytes()
+    assert f"the blind condition {told}" in text_of(page)
+
+
+def test_soft_weights_are_told_with_what_an_active_token_weighs(tmp_path):
+    write_scores(tmp_path / "scores", write_dataset(tmp_path / "data"))
+    for weights in ("hard", "clamp:low=0.01,high=0.5"):
+        out = tmp_path / weights
+        record = run_select(SelectConfig(scores=tmp_path / "scores", out=out, weights=weights))
+        text = text_of(report(tmp_path, f"{weights[:4]}.html", selection=out))
+        assert ("Its loss weighs as" in text) == (weights != "hard")
+    mean = record["totals"]["weight"] / record["totals"]["active_tokens"]
+    assert f"weighs as clamp:low=0.01,high=0.5,window=3 says, {mean:.3f} on average" in text
 
 
 def test_each_of_several_pictures_says_what_the_answer_gains_by_it(run, tmp_path):
