@@ -171,6 +171,20 @@ def test_members_of_one_name_in_two_places_are_two_rows_with_their_own_pictures(
     assert hints[0] == hints[1] != hints[2]
 
 
+def test_tars_of_one_name_in_two_folders_have_pictures_of_their_own(tmp_path: Path) -> None:
+    """Rows of equal keys are taken to be about the same picture, which is then opened once."""
+    for folder, colour in (("a", (255, 0, 0)), ("b", (0, 255, 0))):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "000.tar", [("0.png", picture(colour)), ("0.json", talk())])
+    dataset = open_dataset(tmp_path / "*" / "000.tar")
+    samples = [sample for row in range(len(dataset)) if isinstance(sample := dataset[row], Sample)]
+    assert [sample.images[0].open().getpixel((0, 0)) for sample in samples] == [(255, 0, 0), (0, 255, 0)]
+    assert [sample.images[0].key for sample in samples] == ["0.png at 512 in a/000.tar", "0.png at 512 in b/000.tar"]
+    alone = open_dataset(tmp_path / "a" / "000.tar")[0]
+    assert isinstance(alone, Sample)
+    assert alone.images[0].key == "0.png at 512 in 000.tar"
+
+
 def test_text_without_a_picture_is_a_text_only_row(tmp_path: Path) -> None:
     sample = read_sample(tmp_path, [("1.json", talk())])
     assert (sample.images, sample.source, texts(sample)) == ((), "text", ["Which colour?", "Red."])

@@ -137,11 +137,12 @@ class ImageSpan:
     offset: int  # bytes
     size: int  # bytes
     max_pixels: int = 100_000_000
+    shard: str = ""  # what the dataset calls the container, where its file name is not enough
 
     @property
     def key(self) -> str:
         """The picture's name, and where it lies, because names repeat."""
-        return f"{self.name} at {self.offset} in {self.container.name}"
+        return f"{self.name} at {self.offset} in {self.shard or self.container.name}"
 
     def hint(self) -> str | None:
         """See `content_hint`; None where the bytes cannot be read, or there are none."""

@@ -7,6 +7,7 @@ Of a sample the pictures are its images, `json` holds the fields of its record, 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -62,6 +63,7 @@ class TarRows:
         self.max_pixels = max_pixels
         self.columns = columns
         self._shards = tuple(shards)
+        self._names = _shard_names(self._shards)
         self._index = TarIndex(self._shards)
         if not len(self):
             raise DataError(f"{path} holds no rows: no member of its tar files has a name like 0001.jpg")
@@ -158,9 +160,19 @@ class TarRows:
                 offset=member.offset,
                 size=member.size,
                 max_pixels=self.max_pixels,
+                shard=self._names[group.shard],
             )
             for member in members
         ]
+
+
+def _shard_names(shards: Sequence[Path]) -> list[str]:
+    """What tells shards apart, wherever the dataset lies: file names, or the ways to them if these repeat."""
+    names = [shard.name for shard in shards]
+    if len(set(names)) == len(names):
+        return names
+    common = Path(os.path.commonpath([shard.absolute().parent for shard in shards]))
+    return [shard.absolute().relative_to(common).as_posix() for shard in shards]
 
 
 class WebDatasetFormat:
