@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -295,12 +296,32 @@ def test_scores_without_rows_are_a_finished_run_of_the_others(tmp_path: Path) ->
 def test_the_measure_of_held_out_rows_is_the_mean_over_their_tokens(tmp_path: Path) -> None:
     data = tiny_run.write_dataset(tmp_path)
     scored = [one for one in tiny_run.write_scores(tmp_path / "scores", data) if len(one.nll_seen)]
-    found = held_out_metrics(tmp_path / "scores")
+    found = held_out_metrics(tmp_path / "scores", tmp_path / "scores")
     seen, blind = (np.concatenate([getattr(one, name) for one in scored]) for name in ("nll_seen", "nll_blind"))
     assert found["nll_seen"] == pytest.approx(float(seen.mean(dtype=np.float64)), abs=1e-6)
     assert found["nll_blind"] == pytest.approx(float(blind.mean(dtype=np.float64)), abs=1e-6)
     assert found["gain"] == pytest.approx(float((blind - seen).mean(dtype=np.float64)), abs=1e-6)
     assert (found["test_rows"], found["test_tokens"]) == (len(scored), len(seen))
+    needing = [nll for nll, without in zip(seen.tolist(), blind.tolist(), strict=True) if without - nll >= 1]
+    assert 0 < len(needing) < len(seen)
+    assert found["needing_tokens"] == len(needing)
+    assert found["nll_needing"] == pytest.approx(sum(needing) / len(needing), abs=1e-6)
+
+
+def test_which_tokens_need_the_picture_is_said_by_the_starting_model(tmp_path: Path) -> None:
+    data = tiny_run.write_dataset(tmp_path)
+    tiny_run.write_scores(tmp_path / "start", data)
+    (tmp_path / "trained").mkdir()
+    for path in (tmp_path / "start").glob("*.json*"):
+        (tmp_path / "trained" / path.name).write_bytes(path.read_bytes())
+    for path in (tmp_path / "start").glob("part-*"):
+        table = pq.read_table(path)
+        blind = table.column_names.index("nll_blind")
+        shut = table.set_column(blind, table.field(blind), table.column("nll_seen"))  # looks at nothing any more
+        pq.write_table(shut, tmp_path / "trained" / path.name)
+    before, after = (held_out_metrics(tmp_path / name, tmp_path / "start") for name in ("start", "trained"))
+    assert after["gain"] == 0
+    assert (after["nll_needing"], after["needing_tokens"]) == (before["nll_needing"], before["needing_tokens"])
 
 
 def test_equal_steps_by_default_are_those_of_all_rows() -> None:

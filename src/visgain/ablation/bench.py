@@ -150,14 +150,18 @@ class DataBench:
         )
 
     def evaluate(self, model: str, cell: Path, name: str) -> Mapping[str, float]:
-        named, out = self.config.counterfactual, cell / "tested"
+        start = self._tested_by(self.config.model, self.folder / "tested")
+        scores = start if model == self.config.model else self._tested_by(model, cell / "tested")
+        return held_out_metrics(scores, start) | asked_benchmarks(self.config, model, cell)
+
+    def _tested_by(self, model: str, out: Path) -> Path:
+        """The scores by `model` of what is tested."""
+        named = self.config.counterfactual
         if self.config.eval_data is not None:
-            scores = self._scored(model, self.config.eval_data, out, named)
-        else:
-            scores = scored(
-                ScoreConfig(model=model, out=out, counterfactual=named, **_model_options(self.config), **self._tested)
-            )
-        return held_out_metrics(scores) | asked_benchmarks(self.config, model, cell)
+            return self._scored(model, self.config.eval_data, out, named)
+        return scored(
+            ScoreConfig(model=model, out=out, counterfactual=named, **_model_options(self.config), **self._tested)
+        )
 
     def _scored(self, model: str, data: Path, out: Path, counterfactual: str) -> Path:
         return scored(

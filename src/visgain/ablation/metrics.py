@@ -19,10 +19,11 @@ WORLD: Sequence[Metric] = [
 
 HELD_OUT: Sequence[Metric] = [
     {"key": "nll_seen", "label": "NLL seen", "better": "lower", "format": ".4f"},
+    {"key": "nll_needing", "label": "NLL needing", "better": "lower", "format": ".4f"},
     {"key": "nll_blind", "label": "NLL blind", "better": "", "format": ".4f"},
     {"key": "gain", "label": "gain", "better": "higher", "format": ".4f"},
 ]
-"""Means over the answer tokens of held-out rows with pictures, in nats."""
+"""Means over the answer tokens of tested rows with pictures, in nats; NLL needing: over those that need the picture."""
 
 
 def numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

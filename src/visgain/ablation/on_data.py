@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int64, UInt64
+from jaxtyping import Float64, Int64, UInt64
 from tqdm import tqdm
 
 from visgain.data import Dataset
@@ -26,9 +26,8 @@ from visgain.data.placed import place_images
 from visgain.errors import ConfigError, DataError, ImageError
 from visgain.scramble import random_key, scrambled
 from visgain.storage import (
-    flat_values,
     read_json,
-    scan_scores,
+    read_scores,
     score_parts,
     score_schema,
     write_json,
@@ -144,24 +143,36 @@ def without_rows(scores: Path, withheld: Int64[np.ndarray, " m"], out: Path) -> 
 # ---------------------------------------------------------------- the measure
 
 
-def held_out_metrics(scores: Path) -> dict[str, float]:
-    """Mean NLL, seen and blind, and mean gain over all answer tokens of scored rows, in nats, and how many they are.
+NEEDING = 1.0
+"""Nats of gain from which on a token counts as one that needs the picture: it makes the token e times as likely."""
 
-    Raises DataError if no row could be scored.
+
+def held_out_metrics(scores: Path, start: Path) -> dict[str, float]:
+    """How well the model of `scores` predicts the tested rows, which the starting model scored in `start`.
+
+    Means over the answer tokens of rows that both could score, in nats: NLL seen and blind, gain, and NLL seen of the
+    tokens that need the picture by the starting model's gain (absent if none does). Raises DataError if there are no
+    rows.
     """
-    sums, n_tokens, n_rows = np.zeros(2), 0, 0
-    for table in scan_scores(scores, ["gain", "nll_seen", "nll_blind"], description="held-out rows"):
-        seen, blind = (flat_values(table.column(name)).astype(np.float64) for name in ("nll_seen", "nll_blind"))
-        sums += seen.sum(), blind.sum()
-        n_tokens += len(seen)
-        n_rows += len(table) - table.column("gain").null_count
-    if n_tokens == 0:
-        raise DataError(f"{scores}: no held-out row could be scored; its skipped.jsonl says why")
-    seen_mean, blind_mean = (sums / n_tokens).tolist()
+    trained, before = _nlls(scores), _nlls(start)
+    rows = sorted(trained.keys() & before.keys())
+    if not rows:
+        raise DataError(f"{scores}: no tested row could be scored; its skipped.jsonl says why")
+    seen, blind = (np.concatenate([trained[row][which] for row in rows]) for which in (0, 1))
+    needing = np.concatenate([before[row][1] - before[row][0] for row in rows]) >= NEEDING
     return {
-        "nll_seen": seen_mean,
-        "nll_blind": blind_mean,
-        "gain": blind_mean - seen_mean,
-        "test_rows": n_rows,
-        "test_tokens": n_tokens,
+        "nll_seen": float(seen.mean()),
+        "nll_blind": float(blind.mean()),
+        "gain": float((blind - seen).mean()),
+        **({"nll_needing": float(seen[needing].mean())} if needing.any() else {}),
+        "test_rows": len(rows),
+        "test_tokens": len(seen),
+        "needing_tokens": int(needing.sum()),
     }
+
+
+def _nlls(scores: Path) -> dict[int, Float64[np.ndarray, "2 a"]]:
+    """NLL of each scored row's a tokens, seen and blind."""
+    table = read_scores(scores, ["row", "nll_seen", "nll_blind"])
+    columns = (table.column(name).to_pylist() for name in ("row", "nll_seen", "nll_blind"))
+    return {row: np.array([seen, blind], np.float64) for row, seen, blind in zip(*columns, strict=True) if seen}

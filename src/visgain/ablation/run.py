@@ -104,7 +104,7 @@ def _work(cell: Cell, config: AblateConfig, bench: Bench, failures: dict[str, st
         write_json(cell.folder / CELL, run_cell(cell, config, bench))
         (cell.folder / ERROR).unlink(missing_ok=True)
         _clear(cell, config)
-        pace.took(time.perf_counter() - start)
+        pace.took(time.perf_counter() - start, trained=cell.arm.is_trained)
     except Exception as error:  # whatever it was, the other cells do not depend on it
         failures[cell.name] = str(error) if isinstance(error, VisgainError) else f"{type(error).__name__}: {error}"
         write_text(cell.folder / ERROR, traceback.format_exc())
@@ -216,15 +216,15 @@ def write_ablation(out: Path, ablation: Ablation) -> None:
 
 @dataclass(kw_only=True)
 class _Pace:
-    """How far the study is and how long the rest takes, by the mean of the cells done here."""
+    """How far the study is and how long the rest takes, by the mean of the cells trained here."""
 
     total: int
     done: int
     seconds: list[float] = field(default_factory=list)
 
-    def took(self, seconds: float) -> None:
+    def took(self, seconds: float, *, trained: bool) -> None:
         self.done += 1
-        self.seconds.append(seconds)
+        self.seconds += [seconds] if trained else []
 
     def line(self, name: str) -> str:
         left = self.total - self.done
