@@ -459,7 +459,8 @@ def collate(items):
     return {"input_ids": item["input_ids"][None].clamp(min=0), "labels": item["labels"][None]}
 
 said = TrainingArguments(arguments.output + "-trained", per_device_train_batch_size=1, num_train_epochs=1, use_cpu=True,
-                         logging_steps=1, report_to="none", save_strategy="no", remove_unused_columns=False)
+                         logging_steps=1, report_to="none", save_strategy="no", remove_unused_columns=False,
+                         logging_nan_inf_filter=False)
 trainer = Trainer(model=model, args=said, train_dataset=dataset, data_collator=collate)
 trainer.train()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

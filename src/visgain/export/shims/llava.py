@@ -367,7 +367,7 @@ def _guard_loaders() -> None:
 
 
 def _guard_loss() -> None:
-    """The mean over no label is nan, and one such batch ends a training. Here it is 0, with gradients of 0."""
+    """The mean over no label is nan, in logs and averages and for whoever looks at the loss. Here it is 0."""
     cross_entropy = functional.cross_entropy
 
     @functools.wraps(cross_entropy)
