@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -274,7 +276,7 @@ def test_rows_that_are_tested_read_as_they_were(tmp_path: Path) -> None:
     dataset = open_dataset(data)
     rows = [row for row in range(len(dataset)) if isinstance(dataset[row], Sample)]
     place = json.loads((write_tested(dataset, rows, tmp_path / "tested") / "place.json").read_text())
-    again = open_dataset(Path(place["data"]), Path(place["image_root"]))
+    again = open_dataset(tmp_path / "tested/data.jsonl", Path(place["image_root"]))
     before = [dataset[row] for row in rows if dataset[row].id != "gone"]
     assert place["rows"] == len(again) == len(before) < len(rows)
     for old, new in zip(before, (again[row] for row in range(len(again))), strict=True):
@@ -282,6 +284,23 @@ def test_rows_that_are_tested_read_as_they_were(tmp_path: Path) -> None:
         assert isinstance(new, Sample)
         assert (old.turns, old.source, str(old.row)) == (new.turns, new.source, new.id)
         assert [image.open().tobytes() for image in old.images] == [image.open().tobytes() for image in new.images]
+
+
+def test_pictures_inside_of_tables_are_written_beside_the_rows_that_are_tested(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(buffer, "PNG")
+    messages = [{"role": "user", "content": "What?<image>"}, {"role": "assistant", "content": "A ball."}]
+    rows = [{"messages": messages, "images": [{"bytes": buffer.getvalue(), "path": f"{k}.png"}]} for k in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    dataset = open_dataset(tmp_path / "data.parquet")
+    folder = write_tested(dataset, [0, 2], tmp_path / "tested")
+    assert json.loads((folder / "place.json").read_text()) == {"image_root": None, "rows": 2}
+    again = open_dataset(folder / "data.jsonl", folder)
+    for old, new in ((dataset[0], again[0]), (dataset[2], again[1])):
+        assert isinstance(old, Sample)
+        assert isinstance(new, Sample)
+        assert old.turns == new.turns
+        assert old.images[0].open().tobytes() == new.images[0].open().tobytes()
 
 
 def test_scores_without_rows_are_a_finished_run_of_the_others(tmp_path: Path) -> None:
@@ -530,6 +549,13 @@ def test_the_users_data_is_divided_scored_once_and_measured_where_nobody_trained
     seen = np.concatenate([scores[row]["nll_seen"] for row in tested])
     start = next(one for one in result.cells if one["name"] == "aligned" and one["seed"] == 0)
     assert start["metrics"]["nll_seen"] == pytest.approx(float(seen.mean()), abs=1e-5)
+
+
+def test_too_few_rows_to_hold_out_are_one_message_for_all_cells(tmp_path: Path, small_world: Path) -> None:
+    config = AblateConfig(out=tmp_path, data=small_world / "data.json", recipe="embedded-tune", test_rows=50)
+    with pytest.raises(ConfigError, match="--test-rows is 50, more than half of the"):
+        run_ablation(config)
+    assert not list(tmp_path.glob("seed-*"))
 
 
 @pytest.mark.slow

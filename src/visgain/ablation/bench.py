@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from visgain.ablation.metrics import HELD_OUT, WORLD, Metric, numbers
-from visgain.ablation.on_data import PLACE, divide, held_out_metrics, without_rows, write_tested
+from visgain.ablation.on_data import PLACE, Division, divide, held_out_metrics, without_rows, write_tested
 from visgain.ablation.on_world import World
 from visgain.config import AblateConfig, EvalConfig, ScoreConfig, TrainConfig
 from visgain.data import Dataset, open_dataset, reading
@@ -29,7 +29,9 @@ WORLD_TEST_ROWS = 1000
 class Bench(Protocol):
     """One seed: its data, its scores, how it is trained on and tested. What costs is made when first asked for."""
 
-    metrics: Sequence[Metric]
+    def check(self) -> None:
+        """Raise ConfigError or DataError for what would make every cell fail."""
+        ...
 
     def scores(self, counterfactual: str | None) -> Path:
         """The scores of the training rows with this counterfactual (None: the study's)."""
@@ -77,8 +79,6 @@ def _open(config: AblateConfig, path: Path) -> Dataset:
 class WorldBench:
     """The embedded world, drawn anew for every seed."""
 
-    metrics = WORLD
-
     def __init__(self, config: AblateConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         self.folder = config.out / f"seed-{seed}"
@@ -94,6 +94,9 @@ class WorldBench:
         with alone(self.folder, "data"):
             world.draw()
         return world
+
+    def check(self) -> None:
+        """Nothing that is not known from the options."""
 
     def scores(self, counterfactual: str | None) -> Path:
         named = counterfactual or self.config.counterfactual
@@ -122,8 +125,6 @@ class WorldBench:
 class DataBench:
     """The user's data. The whole of it is scored once for all seeds; each seed holds out rows of its own."""
 
-    metrics = HELD_OUT
-
     def __init__(self, config: AblateConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         self.folder = config.out / f"seed-{seed}"
@@ -133,6 +134,11 @@ class DataBench:
         if self.config.data is None:
             raise ValueError("no data")
         return self.config.data
+
+    def check(self) -> None:
+        """How many rows there are to hold out."""
+        if self.config.eval_data is None:
+            self._division  # noqa: B018
 
     def scores(self, counterfactual: str | None) -> Path:
         named = counterfactual or self.config.counterfactual
@@ -182,7 +188,7 @@ class DataBench:
         return _open(self.config, self.data)
 
     @cached_property
-    def _division(self) -> Any:
+    def _division(self) -> Division:
         return divide(self._dataset, self.config.test_rows, self.seed)
 
     @cached_property
@@ -192,8 +198,8 @@ class DataBench:
         with alone(self.folder, "data"):
             if not (folder / PLACE).is_file():
                 write_tested(self._dataset, self._division.tested.tolist(), folder)
-        place = read_json(folder / PLACE, "held-out rows")
-        return {"data": Path(place["data"]), "image_root": Path(place["image_root"])}
+        root = read_json(folder / PLACE, "held-out rows")["image_root"]
+        return {"data": folder / "data.jsonl", "image_root": folder if root is None else Path(root)}
 
     @cached_property
     def _steps_of_all(self) -> int:

@@ -93,7 +93,7 @@ PLACE = "place.json"
 def write_tested(dataset: Dataset, rows: Sequence[int], folder: Path) -> Path:
     """Those rows as a dataset of their own in `folder`, which is returned: data.jsonl, and last place.json.
 
-    place.json says where the dataset and its pictures are: {"data", "image_root", "rows"}. Rows with a picture that
+    place.json says where its pictures are, null for `folder` itself: {"image_root", "rows"}. Rows with a picture that
     cannot be read are left out and counted on stderr. Raises DataError if none is left.
     """
     samples = [sample for row in rows if isinstance(sample := dataset[row], Sample) and _is_readable(sample)]
@@ -104,7 +104,8 @@ def write_tested(dataset: Dataset, rows: Sequence[int], folder: Path) -> Path:
     names, root = place_images([sample.images for sample in samples], folder)
     lines = [json.dumps(_record(*each), ensure_ascii=False) + "\n" for each in zip(samples, names, strict=True)]
     write_text(folder / "data.jsonl", "".join(lines))
-    write_json(folder / PLACE, {"data": str(folder / "data.jsonl"), "image_root": str(root), "rows": len(samples)})
+    elsewhere = None if root == folder else str(root.resolve())
+    write_json(folder / PLACE, {"image_root": elsewhere, "rows": len(samples)})
     return folder
 
 

@@ -73,9 +73,10 @@ def run_ablation(config: AblateConfig) -> Ablation:
     _check(config, arms)
     identity = _identity(config)
     claim_run(config.out, identity, {"visgain": visgain.__version__})
+    bench = cache(lambda seed: open_bench(config, seed))
+    bench(config.seed_list[0]).check()
     cells = [Cell(out=config.out, seed=seed, arm=arm) for seed in config.seed_list for arm in arms]
     failures: dict[str, str] = {}
-    bench = cache(lambda seed: open_bench(config, seed))
     pace = _Pace(total=len(cells), done=sum(cell.is_done for cell in cells))
     while todo := [cell for cell in cells if not cell.is_done and cell.name not in failures]:
         worked = False
