@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -90,7 +91,10 @@ def _train(words: list[str], rank: int, world: int, port: str, told: Path, befor
 
 
 def shard_on_cpu() -> None:
-    """Let Accelerate shard models on CPU, which it refuses although PyTorch can, by telling it that this is a GPU."""
+    """Let Accelerate shard models on CPU, by telling it that this is a GPU.
+
+    Else it takes no notice of FSDP's settings there, and none of DeepSpeed's, although both can.
+    """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
@@ -98,6 +102,12 @@ def shard_on_cpu() -> None:
         self.device = torch.device("cpu")
 
     torch.distributed.init_process_group("gloo")
+    if find_spec("deepspeed"):
+        import deepspeed
+
+        # Messages by shared memory would be faster, once that has been compiled.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        deepspeed.init_distributed("gloo")
     PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = set_device
 
@@ -105,8 +115,6 @@ def shard_on_cpu() -> None:
 def die_in_the_second_checkpoint() -> None:
     """Kill this process when its files of the second checkpoint are written and the checkpoint is not yet complete."""
     from transformers import Trainer
-
-    from visgain.training.checkpoint import CheckpointedTrainer
 
     save, saved = Trainer._save_checkpoint, []
 
@@ -117,4 +125,13 @@ def die_in_the_second_checkpoint() -> None:
             os.kill(os.getpid(), 9)
 
     Trainer._save_checkpoint = dying
-    assert CheckpointedTrainer._save_checkpoint is not dying
+
+
+def shard_and_die() -> None:
+    shard_on_cpu()
+    die_in_the_second_checkpoint()
+
+
+if __name__ == "__main__":  # for torchrun: whatever follows, sharded on CPU
+    shard_on_cpu()
+    main(sys.argv[1:])

@@ -64,7 +64,7 @@ def run_train(config: TrainConfig) -> TrainSummary:
     )
     if scored and scored["data_fingerprint"] != dataset.fingerprint:
         raise DataError(f"{config.data} changed since it was scored (or is another dataset); score and select again")
-    set_seed(config.seed)  # before the model: adapters are initialised at random
+    set_seed(config.seed)  # what the model's files lack is drawn
     vlm = with_projector(
         config.projector,
         lambda: load_vlm(config.model, dtype="auto", device="cpu", trust_remote_code=config.trust_remote_code),
@@ -83,6 +83,7 @@ def run_train(config: TrainConfig) -> TrainSummary:
     done, checkpoint = from_first(lambda: _begin(config, recipe, dataset.fingerprint))
     if done is not None:
         return done
+    set_seed(config.seed)  # adapters are drawn alike however the model was loaded
     model = prepare_model(vlm, recipe)
     set_precision(model, recipe.dtype)
     empty = outline(model)
