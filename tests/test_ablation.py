@@ -199,6 +199,7 @@ def test_the_table_shows_intervals_where_there_are_some_and_what_is_missing() ->
     assert "| vig@30 | −10.0 |" in text
     assert "| vig@70 | 3 | 10 | 401 | 5 | 2 |" in text
     assert "2 of 9 cells are missing." in text
+    assert "mean over each arm's n of the seeds 0, 1, 2" in text
     assert "seed 1, vig@30 failed: no room" in text
 
 

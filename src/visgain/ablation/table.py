@@ -48,8 +48,10 @@ def _counts(ablation: Ablation) -> Grid:
 
 
 def _means(ablation: Ablation) -> Grid:
+    whole = all(arm.n == len(ablation.seeds) for arm in ablation.arms)
+    whose = "the" if whole else "each arm's n of the"
     return Grid(
-        title=f"Tested, mean over seeds {', '.join(map(str, ablation.seeds))}",
+        title=f"Tested, mean over {whose} seeds {', '.join(map(str, ablation.seeds))}",
         heads=("arm", *map(_head, ablation.metrics)),
         lines=tuple((arm.name, *_cells(arm.metrics, ablation.metrics)) for arm in ablation.arms),
     )
