@@ -38,6 +38,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/open_dataset.py
 	$(BIN)/python benchmarks/ranks.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/export.py
 
 # Needs a CUDA device and some 16 GB of its memory.
 bench-gpu: .venv/installed

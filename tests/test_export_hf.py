@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,3 +250,40 @@ def test_a_step_without_any_label_is_a_loss_of_zero() -> None:
         loss.backward()
         assert loss.item() == 0
         assert not logits.grad.any()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(folder: Path, export: Callable[..., Any]) -> None:
+    """A step of all kept rows, with weights: its loss and the weights after it do not depend on who computed what."""
+    rows = export(SOFT)
+    kept = len(rows) - len(rows) % 2
+    settings = {**SETTINGS, "per_device_train_batch_size": 1, "seed": 0, "lr_scheduler_type": "constant"}
+    del settings["gradient_accumulation_steps"]
+    [guide] = blocks(GUIDE, "python")
+    told = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    tell = """
+if trainer.is_world_process_zero():
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    grown = sum(float(p.double().abs().sum()) for p in trainer.model.parameters())
+    Path("told.json").write_text(json.dumps([losses, grown]))
+"""
+    found = []
+    for ranks in (1, 2):
+        program = replaced(
+            guide,
+            ('output_dir="trained", ', f'output_dir="trained", {told}, gradient_accumulation_steps={kept // ranks}, '),
+            ("SelectiveCollator(collator, masks", "SelectiveCollator(collator, masks, True"),
+            (
+                "train_dataset=SelectedRows(rows, masks)",
+                f"train_dataset=Subset(SelectedRows(rows, masks), range({kept}))",
+            ),
+        )
+        (folder / "train.py").write_text(f"from torch.utils.data import Subset\n{program}{tell}")
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "train.py"]
+        done = subprocess.run([sys.executable, *launch], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads((folder / "told.json").read_text()))
+    (alone, weights), (together, their_weights) = found
+    assert len(alone) == 3
+    assert together == pytest.approx(alone, rel=1e-4)
+    assert their_weights == pytest.approx(weights, rel=1e-6)
