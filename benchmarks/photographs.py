@@ -201,7 +201,7 @@ def run(images: Path, out: Path) -> dict[str, Any]:
     for name in ("vanilla", "vig"):
         tuned[name] = train(name, "align", "mix", selection=out / f"select-{name}", **options)
     held_out = {}
-    for model in ("base", "align", "vanilla", "vig"):
+    for model in ("align", "vanilla", "vig"):
         for file, template in (("captions", "llava-1.5-align"), ("mix", "llava-1.5")):
             score(f"held-out/{model}-{file}", model, f"{file}-held-out", template)
             held_out[f"{model} {file}"] = seen_and_gain(out / "held-out" / f"{model}-{file}")
