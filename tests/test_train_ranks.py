@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,13 +16,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from train_ranks import die_in_the_second_checkpoint, shard_on_cpu, train_together
+from environments import commands
+from train_ranks import (
+    die_in_the_second_checkpoint,
+    shard_and_die,
+    shard_on_cpu,
+    train_together,
+)
 from visgain.cli import main
 from visgain.config import ScoreConfig, SelectConfig
 from visgain.scoring.run import run_score
 from visgain.selection import run_select
 from visgain.storage import read_selection_table, write_selection
 
+REQUIREMENTS = Path(__file__).parent / "requirements"
 ALL_PARTS = ("--parts", "vision", "--parts", "projector", "--parts", "language")
 
 
@@ -74,14 +82,15 @@ def train(blank_model: Path, small_world: Path, data: Path, tmp_path: Path) -> C
         world: int, selection: Path, *flags: object, out: str = "", before: Any = None, fails: bool = False
     ) -> Path:
         name = out or f"{world}-ranks"
-        # Each rank has a folder of its own, so that it shows who writes.
+        # Each rank has a folder of its own if no other is given, so that it shows who writes.
         words = ["--model", blank_model, "--data", data, "--image-root", small_world, "--selection", selection]
-        words += ["--learning-rate", 1e-3, "--out", tmp_path / f"{name}-{{rank}}", *flags]
+        words += ["--learning-rate", 1e-3, *flags]
         words += [] if "--recipe" in flags else ["--recipe", "embedded-tune"]
+        words += [] if "--out" in flags else ["--out", tmp_path / f"{name}-{{rank}}"]
         codes = train_together(tmp_path, words, world=world, before=before)
         told = "\n".join((tmp_path / f"told-{rank}.txt").read_text() for rank in range(world))
         assert fails or codes == [0] * world, told
-        return tmp_path / f"{name}-0"
+        return Path(str(words[words.index("--out") + 1]).format(rank=0))
 
     return run
 
@@ -212,17 +221,90 @@ def test_a_model_sharded_by_fsdp_trains_as_one_process_does(
     assert "projector" in changed(blank_model, sharded)
 
 
+@pytest.mark.slow
+def test_sharded_ranks_that_are_killed_go_on_as_if_nothing_had_been(
+    train: Callable[..., Path], uneven: Path, tmp_path: Path
+) -> None:
+    flags = ("--batch-size", 4, "--max-steps", 5, "--save-steps", 2, "--parallel", "fsdp")
+    whole = train(2, uneven, *flags, "--out", tmp_path / "whole", before=shard_on_cpu)
+    cut = train(2, uneven, *flags, "--out", tmp_path / "cut", before=shard_and_die, fails=True)
+    assert not (cut / "train.json").exists()
+    train(2, uneven, *flags, "--out", tmp_path / "cut", before=shard_on_cpu)
+    assert_same_training(whole, cut, tolerance=1e-6)
+
+
+@pytest.fixture(scope="session")
+def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with DeepSpeed, for a path of modules. It is built from source, without its kernels."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", folder]
+    environment = {**os.environ, "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
+    subprocess.run([*install, "-r", REQUIREMENTS / "deepspeed.txt"], check=True, env=environment)
+    return folder
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--parallel", "zero2", *ALL_PARTS),
+        ("--parallel", "zero3", "--parts", "projector", "--parts", "language"),
+        ("--parallel", "zero3", "--lora-rank", 4, "--parts", "projector"),
+    ],
+    ids=["zero2", "zero3", "zero3-lora"],
+)
+def test_a_model_sharded_by_deepspeed_trains_as_one_process_does(
+    flags: Any,
+    train: Callable[..., Path],
+    mixed: Path,
+    deepspeed: Path,
+    blank_model: Path,
+    small_world: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    """On CPU, where Accelerate has to be persuaded. Some packs have no picture, while all ranks gather the weights."""
+    sizes = ("--batch-size", 2, "--micro-batch", 1, "--epochs", 2)
+    alone = train(1, mixed, *flags[2:], *sizes)
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        2,
+        Path(__file__).with_name("train_ranks.py"),
+    ]
+    words += ["train", "--model", blank_model, "--data", data, "--image-root", small_world, "--selection", mixed]
+    words += ["--recipe", "embedded-tune", "--learning-rate", 1e-3, "--out", tmp_path / "sharded", *flags, *sizes]
+    environment = {**os.environ, "PYTHONPATH": str(deepspeed), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(alone, tmp_path / "sharded", tolerance=1e-4)
+    assert "projector" in changed(blank_model, tmp_path / "sharded")
+
+
 # ---------------------------------------------------------------- the command line
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_training(blank_model: Path, small_world: Path, data: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "visgain", "train"]
-    words += ["--model", blank_model, "--data", data, "--image-root", small_world, "--out", tmp_path / "out"]
-    words += ["--recipe", "embedded-tune", "--batch-size", "4", "--max-steps", "2"]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=240, check=False)
+def test_torchrun_starts_a_training_as_the_docs_say(
+    blank_model: Path, small_world: Path, data: Path, uneven: Path, tmp_path: Path
+) -> None:
+    """On one machine, with as many processes and steps as are cheap."""
+    guide = Path(__file__).parents[1] / "docs/clusters.md"
+    (words,) = [words for words in commands(guide) if words[0] == "torchrun" and "train" in words]
+    places = {
+        "M": blank_model,
+        "data.json": data,
+        "images": small_world,
+        "selection": uneven,
+        "tuned": tmp_path / "out",
+    }
+    words = [str({"8": 2, **places}.get(word, word)) for word in words]
+    words = [sys.executable, "-m", "torch.distributed.run", *words[1:], "--batch-size", "4", "--max-steps", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 steps over 22 rows") == 1
+    assert done.stdout.count("2 steps over") == 1
     assert summary(tmp_path / "out")["steps"] == 2
 
 
