@@ -40,8 +40,8 @@ SURFACE = {
         "--batch-size --columns --data --device --dtype --epochs --follow-links --format --gradient-checkpointing "
         "--image-root --learning-rate --lora-rank --loss-reduction --max-length --max-pixels --max-steps "
         "--micro-batch --model --no-follow-links --no-gradient-checkpointing --no-trust-remote-code --out "
-        "--pack-tokens --packing --parallel --parts --projector --recipe --refresh-every --report-to --save-steps --seed "
-        "--selection --template --trust-remote-code"
+        "--pack-tokens --packing --parallel --parts --projector --recipe --refresh-every --report-to --save-steps "
+        "--seed --selection --template --trust-remote-code"
     ),
     "export": (
         "--columns --data --follow-links --format --image-root --max-pixels --no-follow-links --out --scores "
@@ -55,14 +55,16 @@ SURFACE = {
     ),
     "ablate": (
         "--arms --benchmark-data --benchmarks --columns --counterfactual --data --device --dtype --equal --eval-data "
-        "--format --image-root --keep-models --max-length --model --no-keep-models --no-trust-remote-code --out --recipe "
-        "--rows --seeds --steps --template --test-rows --trust-remote-code"
+        "--format --image-root --keep-models --max-length --model --no-keep-models --no-trust-remote-code --out "
+        "--recipe --rows --seeds --steps --template --test-rows --trust-remote-code"
     ),
     "analyze": (
         "--benchmarks --counterfactual --data --device --dtype --image-root --max-length --model "
         "--no-trust-remote-code --out --part-of-speech --rows --scores --template --trust-remote-code"
     ),
-    "report": "--ablation --analyses --data --evals --image-root --out --results --samples --scores --selection --truth",
+    "report": (
+        "--ablation --analyses --data --evals --image-root --out --results --samples --scores --selection --truth"
+    ),
     "show": "--data --scores ROW",
     "world": "--bias --out --rows --seed --split",
     "list": "",
