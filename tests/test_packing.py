@@ -177,7 +177,8 @@ def test_a_model_that_computes_activations_again_finds_its_pack_in_the_backward_
     recompute_activations(vlm.model)
     vlm.model.train()
     calls: list[int] = []
-    vlm.model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    inside = vlm.model.get_decoder().layers[0].mlp  # hooks of the layer itself stay outside of what is computed again
+    inside.register_forward_pre_hook(lambda *_: calls.append(1))
     assert_same(ours(vlm, PACKED, rows, 1 << 30), expected)
     assert len(calls) == 2 * len(cut(rows, side_by_side=True, most=1 << 30)), "each pass ran twice"
 
@@ -193,10 +194,12 @@ def test_a_frozen_head_has_no_gradient_and_what_is_below_it_the_right_one(name: 
 def test_adapters_get_the_gradients_of_the_naive_loss() -> None:
     peft = pytest.importorskip("peft", reason="LoRA needs peft")
     vlm, rows = ZOO["llava"].build(), rows_of("llava")
+    torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     adapted = peft.get_peft_model(vlm.model, config)
     assert adapted.get_base_model() is vlm.model
-    assert_same(ours(vlm, PACKED, rows, 150), naive(vlm.model, rows))
+    # Such adapters are as large as the weights that they stand beside, and so are the roundings.
+    assert_same(ours(vlm, PACKED, rows, 150), naive(vlm.model, rows), tolerance=3e-5)
 
 
 def test_attention_dropout_drops_in_a_pack_too() -> None:

@@ -168,6 +168,21 @@ def test_two_ranks_train_as_one_in_every_manner(flags: Any, train: Callable[...,
 
 
 @pytest.mark.slow
+def test_two_ranks_share_the_scoring_of_rows_to_come_and_decide_as_one(
+    train: Callable[..., Path], uneven: Path, tmp_path: Path
+) -> None:
+    flags = ("--refresh-every", 2, "--max-steps", 4, "--batch-size", 6)
+    one, two = (train(world, uneven, *flags, "--out", tmp_path / f"shared-{world}") for world in (1, 2))
+    for alone, together in zip(sorted((one / "refresh").iterdir()), sorted((two / "refresh").iterdir()), strict=True):
+        assert alone.name == together.name
+        assert len(list((together / "scores").glob("part-*"))) == 2
+        assert read_selection_table(alone / "selection").equals(read_selection_table(together / "selection"))
+    a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=0, atol=2e-5), name
+
+
+@pytest.mark.slow
 def test_more_ranks_than_rows_in_a_step(train: Callable[..., Path], uneven: Path) -> None:
     """The last step has fewer rows than there are ranks."""
     rows = len(read_selection_table(uneven))

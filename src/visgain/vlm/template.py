@@ -17,8 +17,8 @@ def make_encoder(vlm: VLM, template: str = "auto", max_length: int | None = None
 
     `auto` takes the processor's chat template if that supervises the end of each turn (a profile that it stands for in
     its place), else the profile of the model's family, else the chat template as it is, else the processor's own way to
-    write a question. Raises ModelError if none
-    can locate the answers or if the profile is not for such a model, UnknownName if there is no such template.
+    write a question. Raises ModelError if none can locate the answers or if the profile is not for such a model,
+    UnknownName if there is no such template.
     """
     profile = find_profile(template)
     if profile is not None:
@@ -26,9 +26,9 @@ def make_encoder(vlm: VLM, template: str = "auto", max_length: int | None = None
     repair = REPAIRS.get(vlm.model.config.model_type) if template == "auto" else None
     if repair is not None and not vlm.processor.chat_template:
         return make_encoder(vlm, repair, max_length)
-    if template == "auto" and vlm.processor.chat_template in CHAT_FORMS:
-        return make_encoder(vlm, CHAT_FORMS[vlm.processor.chat_template], max_length)
     chat = ChatTemplate.of(vlm.processor, vlm.image_token_id)
+    if template == "auto" and chat is not None and chat.source in CHAT_FORMS:
+        return make_encoder(vlm, CHAT_FORMS[chat.source], max_length)
     options = {
         "processor": vlm.processor,
         "image_token_id": vlm.image_token_id,
