@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -34,6 +35,11 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def leave() -> None:
-    """Part from the other processes, when the work of all is done."""
+    """Part from the other processes, when the work of all is done and nothing needs the wrapped model any more.
+
+    That model must go first. If it is the last to hold the group, the group ends while Python is locked, and may wait
+    for ever for a thread of its own that waits for Python.
+    """
     if distributed.is_initialized():
+        gc.collect()
         distributed.destroy_process_group()

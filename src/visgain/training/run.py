@@ -48,6 +48,12 @@ class TrainSummary:
 
 def run_train(config: TrainConfig) -> TrainSummary:
     """Train on the selected rows and tokens. Resumes from the last checkpoint in `config.out`; does nothing if done."""
+    summary = _train(config)
+    leave()
+    return summary
+
+
+def _train(config: TrainConfig) -> TrainSummary:
     recipe = resolve_recipe(config)
     find_profile(recipe.template)  # a mistyped name is told before the model is loaded
     if config.refresh_every is not None:
@@ -101,7 +107,6 @@ def run_train(config: TrainConfig) -> TrainSummary:
     if trainer.is_world_process_zero():
         save_model(trained, vlm, config.out, recipe.dtype)
         write_json(config.out / SUMMARY, asdict(summary))
-    leave()
     return summary
 
 
