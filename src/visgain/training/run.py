@@ -15,6 +15,7 @@ from transformers import ProgressCallback, TrainingArguments, set_seed
 from visgain.config import TrainConfig
 from visgain.data import open_dataset, reading
 from visgain.errors import ConfigError, DataError
+from visgain.scoring.run import computing_with, n_threads
 from visgain.storage import claim_run, file_hash, read_json, write_json
 from visgain.training.arguments import training_arguments
 from visgain.training.checkpoint import last_checkpoint
@@ -94,7 +95,8 @@ def _train(config: TrainConfig) -> TrainSummary:
     set_precision(model, recipe.dtype)
     empty = outline(model)
     trainer = build_trainer(model, vlm, rows, recipe, config, arguments)
-    result = trainer.resume(checkpoint)
+    with computing_with(n_threads(vlm)):
+        result = trainer.resume(checkpoint)
     summary = TrainSummary(
         rows=rows.n_selected,
         steps=int(result.global_step),
