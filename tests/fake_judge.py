@@ -81,13 +81,14 @@ class _Handler(BaseHTTPRequestHandler):
             server.now += 1
             server.most = max(server.most, server.now)
         try:
-            self._say(server.answer(seen, before))
+            says = server.answer(seen, before)
+            time.sleep(says.delay)
         finally:
-            with server.lock:
+            with server.lock:  # before the first byte: after the last, the client may have sent its next request
                 server.now -= 1
+        self._say(says)
 
     def _say(self, says: Says) -> None:
-        time.sleep(says.delay)
         self.send_response(says.status)
         self.send_header("Content-Length", str(len(says.body)))
         for name, value in says.headers.items():

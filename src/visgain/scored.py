@@ -12,6 +12,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float32, Int32
 from tqdm import tqdm
 
+from visgain.config import ExportConfig, TrainConfig
 from visgain.data import Dataset, is_there, open_dataset
 from visgain.errors import DataError, StorageError
 from visgain.storage import (
@@ -149,6 +150,24 @@ def open_scored(run: Mapping[str, Any], data: Path, image_root: Path | None) -> 
         columns=run.get("columns"),
         format=run.get("format"),
     )
+
+
+def open_as_scored(options: TrainConfig | ExportConfig, identity: Mapping[str, Any]) -> Dataset:
+    """The dataset of `options`, read as it was for the scores of this `identity` (empty: as the options say).
+
+    Raises DataError if it is another one, or changed.
+    """
+    dataset = open_dataset(
+        options.data,
+        options.image_root,
+        max_pixels=options.max_pixels,
+        follow_links=options.follow_links,
+        columns=options.columns or identity.get("columns"),
+        format=options.format or identity.get("format"),
+    )
+    if identity.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint:
+        raise DataError(f"{options.data} changed since it was scored (or is another dataset); score and select again")
+    return dataset
 
 
 def scored_sample(dataset: Dataset, row: int, fingerprint: int) -> Sample:

@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float32, Int32
 from tqdm import tqdm
 
 from visgain.config import ExportConfig
-from visgain.data import Dataset, open_dataset
+from visgain.data import Dataset
 from visgain.errors import DataError
+from visgain.scored import open_as_scored, scored_sample
 from visgain.storage import flat_values, list_lengths, read_json, scan_selection, selection_schema
 from visgain.types import Sample
 
@@ -74,17 +75,11 @@ class Selected:
             yield KeptRow(
                 index=first + k,
                 row=row,
-                sample=self._sample(row, fingerprint),
+                sample=scored_sample(self.dataset, row, fingerprint),
                 token_id=token_id[here],
                 keep=keep[here],
                 weight=weight[here],
             )
-
-    def _sample(self, row: int, fingerprint: int) -> Sample:
-        sample = self.dataset[row] if row < len(self.dataset) else None
-        if not isinstance(sample, Sample) or sample.fingerprint != fingerprint:
-            raise DataError(f"row {row} of {self.config.data} changed since it was scored; score and select again")
-        return sample
 
 
 def open_selected(config: ExportConfig) -> Selected:
@@ -93,17 +88,7 @@ def open_selected(config: ExportConfig) -> Selected:
     Raises StorageError without a selection, DataError for an empty one or for another dataset than was scored.
     """
     record = read_json(config.selection / "selection.json", "selection")
-    identity = record.get("identity") or {}
-    dataset = open_dataset(
-        config.data,
-        config.image_root,
-        max_pixels=config.max_pixels,
-        follow_links=config.follow_links,
-        columns=config.columns or identity.get("columns"),
-        format=config.format or identity.get("format"),
-    )
-    if identity.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint:
-        raise DataError(f"{config.data} changed since it was scored (or is another dataset); score and select again")
+    dataset = open_as_scored(config, record.get("identity") or {})
     n_rows = n_tokens = n_active = 0
     for table in scan_selection(config.selection, ["keep"]):
         keep = flat_values(table.column("keep"))

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +29,12 @@ from visgain.counterfactuals import parse_condition
 from visgain.data import Dataset
 from visgain.errors import ConfigError, DataError
 from visgain.scoring.claims import Rank
-from visgain.scoring.engine import WAYS, Engine
+from visgain.scoring.engine import WAYS, Choice, Engine
 from visgain.scoring.feed import Feed, feed
 from visgain.scoring.plan import Plan, make_plan
 from visgain.scoring.run import PACK_TOKENS, Scorer, checked_way, computing_with, make_feed, n_threads
 from visgain.selection import run_select
 from visgain.storage import (
-    finished_parts,
     read_json,
     read_selection_table,
     score_table,
@@ -120,7 +120,7 @@ class Rounds(Steps):
             yield from self.choose(self._step, order[start : start + self.round_rows])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Refresh:
     """Scores rows with the model as it is, and selects among them. `vlm.model` is the model that is trained."""
 
@@ -128,6 +128,7 @@ class Refresh:
     vlm: VLM
     rows: RefreshedRows
     every: int
+    _choice: Choice | None = field(default=None, init=False)
 
     def __call__(self, step: int, indices: Sequence[int], rank: Rank, wait: Callable[[], None]) -> list[Decided]:
         """Those of the rows `indices` that the rule keeps, in their order.
@@ -138,7 +139,10 @@ class Refresh:
         if not (folder / ROUND).exists():
             start = time.perf_counter()
             chosen = [self.rows.rows[index] for index in indices]
-            self._score(folder / "scores", chosen, rank)
+            if rank.number == 0:  # an interrupted round may have parts for another number of ranks
+                shutil.rmtree(folder, ignore_errors=True)
+            wait()
+            self._score(folder / "scores", step, chosen, rank)
             wait()
             if rank.number == 0:
                 self._select(folder)
@@ -148,26 +152,23 @@ class Refresh:
         kept = {line["row"]: line for line in read_selection_table(folder / "selection").to_pylist()}
         return [Decided(index, kept[row]) for index in indices if (row := self.rows.rows[index]) in kept]
 
-    def _score(self, folder: Path, rows: Sequence[int], rank: Rank) -> None:
+    def _score(self, folder: Path, step: int, rows: Sequence[int], rank: Rank) -> None:
         """Write the rank's parts of the scores of `rows`."""
         some = _Some(self.rows.dataset, rows)
         source = replace(self._source, dataset=some)
         plan = make_plan(some, len(rows), math.ceil(len(rows) / rank.world))
-        threads = n_threads(self.vlm)
-        with computing_with(threads):
+        with computing_with(n_threads(self.vlm)):
             scorer = Scorer(engine=self._engine(source, plan), source=source, config=self._scoring, workers=0)
             if rank.number == 0:
                 dataset = self.rows.dataset
                 record = {"n_rows": len(dataset), "n_parts": plan.n_parts, "data": str(dataset.path.resolve())}
                 record |= {"image_root": str(dataset.image_root.resolve())}
-                write_json(folder / "run.json", {"identity": self._selected["identity"], **record})
-            there = finished_parts(folder, plan.n_parts)
-            bar = tqdm(total=len(rows), desc="refreshing", unit="row", leave=False, disable=rank.number != 0)
-            with bar:
+                model = {"model": f"{self.config.out}, as it was before step {step}", "model_fingerprint": None}
+                write_json(folder / "run.json", {"identity": self._selected["identity"] | model, **record})
+            with tqdm(total=len(rows), desc="refreshing", unit="row", leave=False, disable=rank.number != 0) as bar:
                 for part in range(rank.number, plan.n_parts, rank.world):
-                    if part not in there:
-                        fed = feed(source, ((part, unit) for unit in plan.units(part)), workers=0)
-                        write_part(folder, part, plan.n_parts, score_table(scorer.score_part(fed, bar.update)))
+                    fed = feed(source, ((part, unit) for unit in plan.units(part)), workers=0)
+                    write_part(folder, part, plan.n_parts, score_table(scorer.score_part(fed, bar.update)))
 
     def _select(self, folder: Path) -> None:
         said = self._selected
@@ -188,15 +189,10 @@ class Refresh:
 
     def _engine(self, source: Feed, plan: Plan) -> Engine:
         """In the way that agreed with the model's own forward when the first round was scored."""
-        if "choice" not in self._known:
-            self._known["choice"] = checked_way(self._scoring, source, self.vlm, plan, list(WAYS))[1]
-        choice = self._known["choice"]
+        if self._choice is None:
+            self._choice = checked_way(self._scoring, source, self.vlm, plan, list(WAYS))[1]
         pack_tokens = PACK_TOKENS.get(self.vlm.device.type, PACK_TOKENS["cpu"])
-        return Engine(vlm=self.vlm, way=choice.way, pack_tokens=pack_tokens, tried=choice.tried)
-
-    @cached_property
-    def _known(self) -> dict[str, Any]:
-        return {}
+        return Engine(vlm=self.vlm, way=self._choice.way, pack_tokens=pack_tokens, tried=self._choice.tried)
 
     @cached_property
     def _selected(self) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any
 from transformers import ProgressCallback, TrainingArguments, set_seed
 
 from visgain.config import TrainConfig
-from visgain.data import open_dataset, reading
-from visgain.errors import ConfigError, DataError
+from visgain.data import reading
+from visgain.errors import ConfigError
+from visgain.scored import open_as_scored
 from visgain.scoring.run import computing_with, n_threads
 from visgain.storage import claim_run, file_hash, read_json, write_json
 from visgain.training.arguments import training_arguments
@@ -61,16 +62,7 @@ def _train(config: TrainConfig) -> TrainSummary:
         selection_record(config)  # a rule that cannot follow the model is told before the model is loaded
     arguments = training_arguments(recipe, config)
     scored = _scored_identity(config)
-    dataset = open_dataset(
-        config.data,
-        config.image_root,
-        max_pixels=config.max_pixels,
-        follow_links=config.follow_links,
-        columns=config.columns or scored.get("columns"),
-        format=config.format or scored.get("format"),
-    )
-    if scored and scored["data_fingerprint"] != dataset.fingerprint:
-        raise DataError(f"{config.data} changed since it was scored (or is another dataset); score and select again")
+    dataset = open_as_scored(config, scored)
     set_seed(config.seed)  # what the model's files lack is drawn
     vlm = with_projector(
         config.projector,
