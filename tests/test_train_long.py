@@ -144,6 +144,14 @@ def test_bfloat16_trains_about_as_float32_does_and_saves_16_bits(
     assert json.loads((half.out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_whole_model_trains_in_packs_in_bfloat16(config: TrainConfig, tmp_path: Path) -> None:
+    """Nothing frozen: all weights are float32, and autocast alone makes 16 bits of them."""
+    config = replace(config, parts=("vision", "projector", "language"), packing="on")
+    exact = run_train(config)
+    half = run_train(replace(config, dtype="bfloat16", out=tmp_path / "half"))
+    assert half.mean_loss == pytest.approx(exact.mean_loss, abs=0.05)
+
+
 def test_steps_of_tuning_would_be_lost_in_16_bits() -> None:
     """Why what is trained stays in float32: a step of 2e-5 is less than half the distance between bfloat16 numbers."""
     weight = torch.full((1,), 0.02)

@@ -201,8 +201,8 @@ def choose_way(
 ) -> Choice:
     """The first of `ways` that gives all answer tokens of `probes` the NLL that the model's own forward gives them.
 
-    `precision`: what the model needs to run in, where its weights are of several dtypes; a model in float32 is tried in
-    that, whatever it is trained in. Raises ModelError if no way agrees.
+    `precision`: what it is trained in. A model in float32 is compared in float32 all the same, where less is lost; that
+    it also runs in `precision` is seen apart. Raises ModelError if no way agrees.
     """
     ids = {"image_token_id": image_token_id, "pad_id": pad_id}
     probes = [replace(row, weight=np.ones_like(row.weight)) for row in probes]
@@ -214,7 +214,7 @@ def choose_way(
             stack.enter_context(precision())
         reference = [_nll(model.eval(), WHOLE, [row], **ids) for row in probes]
         for way in ways:
-            reason = _disagreement(model, way, probes, reference, **ids)
+            reason = _disagreement(model, way, probes, reference, precision, **ids)
             if reason is None:
                 return Choice(way=way, rejected=rejected)
             rejected[way.name] = reason
@@ -223,7 +223,12 @@ def choose_way(
 
 
 def _disagreement(
-    model: PreTrainedModel, way: Way, probes: Sequence[TrainingRow], reference: Sequence[Tensor], **ids: int
+    model: PreTrainedModel,
+    way: Way,
+    probes: Sequence[TrainingRow],
+    reference: Sequence[Tensor],
+    precision: Callable[[], AbstractContextManager[Any]],
+    **ids: int,
 ) -> str | None:
     """Why `way` cannot be taken, or None."""
     worst = 0.0
@@ -233,7 +238,8 @@ def _disagreement(
             expected = torch.cat([reference[number] for number in numbers])
             difference = (_nll(model.eval(), way, rows, **ids) - expected).abs()
             worst = max(worst, float(difference[expected.isfinite()].max()))
-            _nll(model.train(), way, rows, **ids)  # what a model demands in training alone
+            with precision():  # what a model demands in training alone
+                _nll(model.train(), way, rows, **ids)
     except Exception as error:  # a model that does not take packs may fail anywhere, in any manner
         return (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__
     return None if worst <= TOLERANCE[coarsest(model)] else f"off by {worst:.2g} nats"

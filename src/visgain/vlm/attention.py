@@ -199,9 +199,12 @@ def packed_attention(
     # Put together once, not written segment by segment: in training each such write would copy the whole gradient.
     if not trimmed:
         return torch.cat(parts, dim=1), None
-    result = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
-    if parts:
-        result[:, layout.wanted] = torch.cat(parts, dim=1)
+    shape = (1, query.shape[2], query.shape[1], value.shape[-1])
+    if not parts:
+        return query.new_zeros(shape), None
+    wanted = torch.cat(parts, dim=1)
+    result = wanted.new_zeros(shape)  # of what attention gave: autocast gives 16 bits for queries of 32
+    result[:, layout.wanted] = wanted
     return result, None
 
 
