@@ -1,13 +1,14 @@
 """Training: forward and backward of one step, ours against the plain Trainer's, on the same rows and weights.
 
-    python benchmarks/train.py [--shape A B] [--active 100 66 21] [--rows N] [--trl-python PATH]
+    python benchmarks/train.py [--shape A B] [--active 100 66 21] [--batch 4 8] [--rows N] [--trl-python PATH]
 
 The models are those of benchmarks/score.py: shape A has 66M parameters with the head 2% of the body (a 7B's
 proportion), shape B 105M with a vocabulary of 32,000. Rows have the lengths of LLaVA-665K's mixture and 576 image
 tokens each; of their answer tokens a random share is active. Vision is frozen, projector and language are trained, in
 float32.
 
-    padded, full logits    what transformers' Trainer does: batches of 4, logits of all tokens, the model's own loss
+    padded, full logits    what transformers' Trainer does: batches of --batch rows in random order, logits of all
+                           tokens, the model's own loss
     padded, active head    the same batches; only hidden states of active tokens go through the head
     packs, full logits     conversations side by side without padding; logits of all tokens
     packs, active head     ours: both
@@ -49,7 +50,7 @@ from visgain.vlm.attention import packed
 from visgain.vlm.forward import states_nll
 from visgain.vlm.pack import pack_apart
 
-BATCH = 4  # rows of a padded batch
+BATCHES = (4, 8)  # rows of a padded batch; 8 is the plain Trainer's own, and the more rows, the more padding
 ACTIVE = (100, 66, 21)
 BASELINE = "padded, full logits"
 
@@ -88,23 +89,28 @@ def n_active(rows: Rows) -> int:
 # ---------------------------------------------------------------- the ways
 
 
-def plain(model: LlavaForConditionalGeneration, rows: Rows) -> float:
-    """Micro-batches in the order of the rows, as the plain Trainer takes them, divided by the tokens of the step."""
-    return sum(_back(model(**batch, num_items_in_batch=n_active(rows)).loss) for batch in _batches(rows))
+def plain(size: int) -> Step:
+    """Batches in the order of the rows, as the plain Trainer takes them, divided by the tokens of the step."""
+
+    def step(model: LlavaForConditionalGeneration, rows: Rows) -> float:
+        return sum(_back(model(**batch, num_items_in_batch=n_active(rows)).loss) for batch in _batches(rows, size))
+
+    return step
 
 
-def _batches(rows: Rows) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(rows), BATCH):
-        yield Collator(0)(rows[start : start + BATCH])
+def _batches(rows: Rows, size: int) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(rows), size):
+        yield Collator(0)(rows[start : start + size])
 
 
-def trl(model: LlavaForConditionalGeneration, rows: Rows) -> float:
+def trl(size: int) -> Step:
     """As SFTTrainer computes it."""
-    total = 0.0
-    for batch in _batches(rows):
-        output = model(**batch, fused_lm_head=True)
-        total += _back(-output.log_probs.sum() / n_active(rows))
-    return total
+
+    def step(model: LlavaForConditionalGeneration, rows: Rows) -> float:
+        outputs = (model(**batch, fused_lm_head=True) for batch in _batches(rows, size))
+        return sum(_back(-output.log_probs.sum() / n_active(rows)) for output in outputs)
+
+    return step
 
 
 def our_way(way: Way, most: int) -> Step:
@@ -142,20 +148,23 @@ def _back(loss: Tensor) -> float:
 
 
 OURS = "packs, active head"
-WAYS: dict[str, Step] = {
-    BASELINE: plain,
-    "padded, active head": our_way(PADDED, BATCH),
-    "packs, full logits": packs_with_full_logits,
-    OURS: our_way(PACKED, PACK_TOKENS["cpu"]),
-}
+
+
+def ways(batch: int) -> dict[str, Step]:
+    return {
+        BASELINE: plain(batch),
+        "padded, active head": our_way(PADDED, batch),
+        "packs, full logits": packs_with_full_logits,
+        OURS: our_way(PACKED, PACK_TOKENS["cpu"]),
+    }
 
 
 # ---------------------------------------------------------------- the loss alone
 
 
-def loss_memory(model: LlavaForConditionalGeneration, rows: Rows) -> tuple[float, float]:
+def loss_memory(model: LlavaForConditionalGeneration, rows: Rows, size: int) -> tuple[float, float]:
     """MiB at most of going from the final states of a padded batch to loss and back: the plain way, and ours."""
-    batch = next(_batches(rows))
+    batch = next(_batches(rows, size))
     states = torch.randn(*batch["labels"].shape, model.config.text_config.hidden_size)
 
     def whole(states: Tensor) -> Tensor:
@@ -204,17 +213,25 @@ def gradient(model: LlavaForConditionalGeneration) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def measure(shape: str, percent: int, n_rows: int, repeats: int, trl_python: str | None) -> list[dict[str, Any]]:
-    model, rows = make_model(shape), with_active(make_rows(shape, n_rows), percent)
+def padding(rows: Rows, batch: int) -> float:
+    """Share of the positions of padded batches that hold no token."""
     lengths = [len(row.encoded.input_ids) for row in rows]
-    padded = sum(max(lengths[k : k + BATCH]) * len(lengths[k : k + BATCH]) for k in range(0, len(rows), BATCH))
+    parts = [lengths[k : k + batch] for k in range(0, len(rows), batch)]
+    return 1 - sum(lengths) / sum(max(part) * len(part) for part in parts)
+
+
+def measure(
+    shape: str, percent: int, batch: int, n_rows: int, repeats: int, trl_python: str | None
+) -> list[dict[str, Any]]:
+    model, rows = make_model(shape), with_active(make_rows(shape, n_rows), percent)
+    n_tokens = np.mean([len(row.encoded.input_ids) for row in rows])
     print(
-        f"\nshape {shape}, {percent}% active: {n_rows} rows, {np.mean(lengths):.0f} tokens a row, {n_active(rows)} "
-        f"active; {1 - sum(lengths) / padded:.0%} of padded batches is padding; load {os.getloadavg()[0]:.1f}"
+        f"\nshape {shape}, {percent}% active: {n_rows} rows, {n_tokens:.0f} tokens a row, {n_active(rows)} active; "
+        f"{padding(rows, batch):.0%} of padded batches of {batch} is padding; load {os.getloadavg()[0]:.1f}"
     )
     print(f"{'':26}{'CPU s':>8}{'peak MiB':>10}{'time':>7}{'memory':>8}{'gradient error':>16}")
     results: list[dict[str, Any]] = []
-    where = f"shape {shape}, {percent}% active, {n_rows} rows"
+    where = f"shape {shape}, {percent}% active, {n_rows} rows by {batch}, {padding(rows, batch):.0%} padding"
 
     def add(case: str, metric: str, ours: float, baseline: float, name: str = BASELINE) -> None:
         values = {"ours": round(ours, 3), "baseline": round(baseline, 3)}
@@ -224,7 +241,7 @@ def measure(shape: str, percent: int, n_rows: int, repeats: int, trl_python: str
 
     costs: dict[str, Cost] = {}
     reference = torch.zeros(0)
-    for name, step in WAYS.items():
+    for name, step in ways(batch).items():
         one = costs[name] = cost(step, model, rows, repeats)
         found = gradient(model)
         reference = found if name == BASELINE else reference
@@ -237,13 +254,13 @@ def measure(shape: str, percent: int, n_rows: int, repeats: int, trl_python: str
             add(name, "peak_mib", one.peak, costs[BASELINE].peak)
             add(name, "cpu_ms_per_active_token", *(1e3 * c.cpu / n_active(rows) for c in (one, costs[BASELINE])))
     if trl_python is not None:
-        theirs = _trl_cost(trl_python, shape, percent, n_rows, repeats)
+        theirs = _trl_cost(trl_python, shape, percent, batch, n_rows, repeats)
         _tell("TRL", theirs, costs[BASELINE], "-")
         if abs(theirs.loss - costs[BASELINE].loss) > 1e-4:
             raise SystemExit(f"TRL's loss is {theirs.loss} and the plain step's {costs[BASELINE].loss}")
         add("packs, active head", "cpu_seconds", costs[OURS].cpu, theirs.cpu, "TRL")
         add("packs, active head", "peak_mib", costs[OURS].peak, theirs.peak, "TRL")
-    plainly, ours = loss_memory(model, rows)
+    plainly, ours = loss_memory(model, rows, batch)
     print(f"{'loss alone, MiB':26}{plainly:>8.0f} plain, {ours:.0f} ours: {plainly / max(ours, 1):.1f} times less")
     add("the loss alone", "peak_mib", max(ours, 1.0), plainly)
     return results
@@ -254,9 +271,9 @@ def _tell(name: str, one: Cost, base: Cost, error: str) -> None:
     print(f"{name:26}{one.cpu:>8.1f}{one.peak:>10.0f}{times:>7}{less:>8}{error:>16}", flush=True)
 
 
-def _trl_cost(python: str, shape: str, percent: int, n_rows: int, repeats: int) -> Cost:
+def _trl_cost(python: str, shape: str, *numbers: int) -> Cost:
     """TRL's step by a Python that has it: this file once more, on the same rows and weights."""
-    command = [python, __file__, "--as-trl", shape, str(percent), str(n_rows), str(repeats)]
+    command = [python, __file__, "--as-trl", shape, *map(str, numbers)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -264,22 +281,23 @@ def _trl_cost(python: str, shape: str, percent: int, n_rows: int, repeats: int) 
     return Cost(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _as_trl(shape: str, percent: int, n_rows: int, repeats: int) -> None:
+def _as_trl(shape: str, percent: int, batch: int, n_rows: int, repeats: int) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
     model, rows = make_model(shape), with_active(make_rows(shape, n_rows), percent)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer asks for them
-    print(json.dumps(asdict(cost(trl, model, rows, repeats))))
+    print(json.dumps(asdict(cost(trl(batch), model, rows, repeats))))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", nargs="+", choices=list(VOCABULARY), default=list(VOCABULARY))
     parser.add_argument("--active", nargs="+", type=int, default=ACTIVE, help="percent of the answer tokens")
-    parser.add_argument("--rows", type=int, default=BATCH, help="of a step")
+    parser.add_argument("--batch", nargs="+", type=int, default=BATCHES, help="rows of a padded batch")
+    parser.add_argument("--rows", type=int, help="of a step; without it, those of one batch")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--trl-python", help="also measure TRL, with this interpreter")
-    parser.add_argument("--as-trl", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--as-trl", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -293,7 +311,8 @@ def main() -> None:
         row
         for shape in options.shape
         for percent in options.active
-        for row in measure(shape, percent, options.rows, options.repeats, options.trl_python)
+        for batch in options.batch
+        for row in measure(shape, percent, batch, options.rows or batch, options.repeats, options.trl_python)
     ]
     print(f"\nwrote {write_results('train', results)}")
 
