@@ -67,7 +67,7 @@ BAD = {
     "another format": Says(body=b'{"choices": [{"text": "old"}]}'),
     "no completion": Says(body=b'{"detail": "loading"}'),
     "200 with an error": error(200, "overloaded"),
-    "late": Says(delay=1.0, body=reply("too late").body),
+    "late": Says(delay=3.0, body=reply("too late").body),
     "slow": Says(trickle=0.1, body=reply("too slow").body),
 }
 
@@ -75,7 +75,8 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_what_may_pass_is_asked_again(kind: str) -> None:
     with serving([BAD[kind], BAD[kind], reply("good")]) as server:
-        assert endpoint(server, timeout=0.4).complete(CHAT).text == "good"
+        patience = 1.0 if kind in ("late", "slow") else 20.0  # a busy machine may keep even a good reply waiting
+        assert endpoint(server, timeout=patience).complete(CHAT).text == "good"
     assert len(server.seen) == 3
 
 

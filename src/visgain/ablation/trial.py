@@ -20,9 +20,7 @@ from visgain.training.run import run_train
 class Stages:
     """What an arm goes through, apart from what the arm itself says."""
 
-    scores: Callable[
-        [str | None], Path
-    ]  # counterfactual (None: the study's) -> the folder of the training rows' scores
+    scores: Callable[[str | None], Path]  # counterfactual (None: the study's) -> folder of the training rows' scores
     train: Callable[[], TrainConfig]  # its `selection` and `out` are the folders of this arm
     evaluate: Callable[[str], Mapping[str, Any]]  # model -> metrics
     model: str  # that all arms start from
