@@ -138,7 +138,7 @@ class DataBench:
     def check(self) -> None:
         """How many rows there are to hold out."""
         if self.config.eval_data is None:
-            divide(self._dataset, self.config.test_rows, self.seed)
+            _ = self._division  # found now, and kept
 
     def scores(self, counterfactual: str | None) -> Path:
         named = counterfactual or self.config.counterfactual
