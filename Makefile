@@ -45,7 +45,7 @@ bench-gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py
 
 # Rebuilds the model that ships with the package, from random weights; about two hours on two cores. The result lies in
-# scratch/embedded/everything-2; copy its files over src/visgain/world/embedded to ship it.
+# scratch/embedded/model; copy its files over src/visgain/world/embedded to ship it.
 embedded-model: .venv/installed
 	$(BIN)/python -m visgain.world.rebuild --out scratch/embedded
 
