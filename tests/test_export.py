@@ -101,7 +101,7 @@ def test_a_row_that_changed_since_it_was_scored_stops_the_export(made: ExportCon
     rows[3]["conversations"][1]["value"] += " Really."
     (tmp_path / "data.json").write_text(json.dumps(rows))
     changed = replace(made, data=tmp_path / "data.json", image_root=made.data.parent, out=tmp_path / "out")
-    with pytest.raises(DataError, match=r"the dataset changed since it was scored \(row 3\)"):
+    with pytest.raises(DataError, match=r"data.json changed since it was scored \(row 3\)"):
         list(open_selected(changed))
 
 
