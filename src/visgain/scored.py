@@ -174,5 +174,6 @@ def scored_sample(dataset: Dataset, row: int, fingerprint: int) -> Sample:
     """Row `row` of the dataset. Raises DataError if it is not what was scored."""
     sample = dataset[row] if row < len(dataset) else None
     if not isinstance(sample, Sample) or sample.fingerprint != fingerprint:
-        raise DataError(f"{dataset.path} changed since it was scored (row {row}); score it again, or name it with --data")
+        what = f"{dataset.path} changed since it was scored (row {row})"
+        raise DataError(f"{what}; score it again, or name it with --data")
     return sample
