@@ -45,7 +45,7 @@ from visgain.world.talk import Exchange
 Fact = tuple[str, str, str, int]
 
 NUMBER = ["zero", "one", "two", "three", "four"]
-TRUTHFUL = [name for name, split in SPLITS.items() if not split.notes]
+TRUTHFUL = [name for name, split in SPLITS.items() if split.has_truth]
 PLACE = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")]
 
 
@@ -309,6 +309,25 @@ def test_every_reply_about_a_picture_is_true_of_its_scene(split: str) -> None:
     assert sum(topics.values()) >= 690  # some rows may have nothing that fits
     assert (topics["caption"] + topics["notes"] > 50) == (talk_of.captions + talk_of.notes > 0)
     assert (topics["existence"] > 5) == (talk_of.existence > 0 or talk.existence in talk_of.visual)
+
+
+@pytest.mark.parametrize(("split", "apart"), [("relate", {0, 1, 2}), ("far", {2})])
+def test_relations_are_asked_once_of_every_two_objects_or_of_the_far_ones(split: str, apart: set[int]) -> None:
+    seen = set()
+    for row in rows(split, 300):
+        related = [said for said in row.exchanges if said.topic == "relation"]
+        if len(related) != len(row.exchanges) or not related:
+            continue
+        assert row.scene is not None
+        pairs = {
+            frozenset({one.kind, two.kind}): abs(one.column - two.column)
+            for one, two in combinations(row.scene.unique, 2)
+            if abs(one.column - two.column) in apart
+        }
+        assert Counter(frozenset(said.mentions) for said in related) == dict.fromkeys(pairs, 1)
+        assert split != "far" or {said.key for said in related} <= {"left", "right"}
+        seen |= set(pairs.values())
+    assert seen == apart
 
 
 def test_replies_from_the_text_alone_are_true_of_the_world_and_marked_nowhere() -> None:

@@ -587,7 +587,7 @@ class WorldConfig:
 
     out: Path
     """Folder for data.json, truth.jsonl and images/."""
-    split: Literal["easy", "align", "notes", "ask", "questions", "where", "relate", "everything", "train", "test"] = (
+    split: Literal["easy", "align", "notes", "ask", "questions", "relate", "far", "everything", "train", "test"] = (
         "train"
     )
     """train: follows the priors; test: breaks them; the others: no priors, for the embedded model."""

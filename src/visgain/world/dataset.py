@@ -34,6 +34,7 @@ from visgain.world.talk import (
     notes,
     place,
     relation,
+    relations,
     size,
 )
 
@@ -48,9 +49,16 @@ class Split:
     common_sense: float = 0.0
     text_only: float = 0.0
     existence: float = 0.0
-    objects: int = MAX_OBJECTS  # most objects in a picture
-    notes: float = 0.0  # of rows; they have no ground truth
+    objects: tuple[int, int] = (1, MAX_OBJECTS)  # fewest and most in a picture
+    notes: float = 0.0  # of rows, which are one list of all objects
+    relations: float = 0.0  # of rows, which ask about every two objects
+    far: bool = False  # of those two, one is in the left column and one in the right
     visual: tuple[Speaker, ...] = VISUAL  # what visual conversations are about
+
+    @property
+    def has_truth(self) -> bool:
+        """Notes come in any order, and what earlier relations imply is not marked: such splits have no ground truth."""
+        return not (self.notes or self.relations)
 
     def draw(self, rng: np.random.Generator, scene: Scene, bias: float) -> list[Exchange]:
         """One row's conversation about `scene`."""
@@ -64,6 +72,8 @@ class Split:
             speakers = (existence,)
         elif share > 1 - self.notes and (listed := notes(rng, scene, bias)) is not None:
             return [listed]
+        elif share > 1 - self.notes - self.relations and (related := relations(rng, scene, self.far)):
+            return related
         turns = int(rng.integers(self.turns[0], self.turns[1] + 1))
         return conversation(rng, scene, bias, speakers, turns)
 
@@ -75,9 +85,9 @@ SPLITS = {
     "train": Split(bias=0.9, captions=0.15, common_sense=0.25, text_only=0.06, existence=0.15, turns=(1, 3)),
     "test": Split(bias=-1.0, captions=0.2, existence=0.35, turns=(1, 1)),
     # The embedded model learns to see (one object to a picture), to look around ("align"), to find an object by its
-    # kind ("notes"), to answer about it ("ask"), everything together ("questions"), and then what came slowest
-    # ("where", "relate") before everything once more ("everything").
-    "easy": Split(bias=0.0, captions=0.5, common_sense=0.02, text_only=0.02, turns=(1, 1), objects=1),
+    # kind ("notes"), to answer about it ("ask"), everything together ("questions"), how objects stand to each other
+    # ("relate", "far"), which in a conversation of other questions is asked too seldom, and everything once more.
+    "easy": Split(bias=0.0, captions=0.5, common_sense=0.02, text_only=0.02, turns=(1, 1), objects=(1, 1)),
     "notes": Split(bias=0.0, turns=(1, 1), notes=1.0),
     "ask": Split(
         bias=0.0,
@@ -88,18 +98,8 @@ SPLITS = {
     "questions": Split(
         bias=0.0, captions=0.15, common_sense=0.03, text_only=0.03, existence=0.1, turns=(3, 4), notes=0.15
     ),
-    # Two relations: they seldom fit into a conversation, since they mention two kinds.
-    "where": Split(
-        bias=0.0,
-        turns=(2, 4),
-        notes=0.1,
-        visual=(place, count, relation, relation),
-    ),
-    "relate": Split(
-        bias=0.0,
-        turns=(2, 3),
-        visual=(place, relation, relation),
-    ),
+    "relate": Split(bias=0.0, turns=(2, 4), relations=0.85, visual=(place, count), objects=(3, MAX_OBJECTS)),
+    "far": Split(bias=0.0, turns=(1, 2), relations=1.0, far=True, visual=(place,), objects=(2, MAX_OBJECTS)),
     "everything": Split(
         bias=0.0,
         captions=0.15,
@@ -122,7 +122,7 @@ class WorldRow:
 def draw_row(split: Split, bias: float, seed: int, row: int) -> tuple[WorldRow, np.random.Generator]:
     """Row `row` of a split, and the generator to paint it with. Rows do not depend on each other or on their number."""
     rng = np.random.default_rng([seed, row])
-    scene = draw_scene(rng, bias, split.objects)
+    scene = draw_scene(rng, bias, *split.objects)
     if rng.random() < split.text_only:
         return WorldRow(scene=None, exchanges=tuple(conversation(rng, scene, bias, TEXT_ONLY, 1))), rng
     return WorldRow(scene=scene, exchanges=tuple(split.draw(rng, scene, bias))), rng
@@ -148,7 +148,7 @@ def write_world(config: WorldConfig) -> Path:
         data.append(_llava_row(config.split, row, name, drawn))
         truth.append(json.dumps(_truth_row(row, drawn)) + "\n")
     (config.out / "truth.jsonl").unlink(missing_ok=True)
-    if not split.notes:
+    if split.has_truth:
         write_text(config.out / "truth.jsonl", "".join(truth))
     write_json(config.out / "data.json", data)
     return config.out / "data.json"

@@ -1,7 +1,7 @@
 """Rebuild the embedded model from nothing: `make embedded-model`, or `python -m visgain.world.rebuild --out FOLDER`.
 
-A curriculum of nine runs of the project's own `train`: one object to a picture, full scenes, notes, questions about
-one thing, everything, what came slowest (in two steps), everything twice more.
+A curriculum of ten runs of the project's own `train`: one object to a picture, full scenes, notes, questions about one
+thing, everything, how objects stand to each other (all pairs, far ones, all again), everything twice more.
 Rerunning resumes. The trained model is FOLDER/model; how good it is lands in FOLDER/quality.json.
 """
 
@@ -26,7 +26,7 @@ from visgain.world.model import build_blank
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    split: Literal["easy", "align", "notes", "ask", "questions", "where", "relate", "everything"]
+    split: Literal["easy", "align", "notes", "ask", "questions", "relate", "far", "everything"]
     rows: int
     recipe: str
     number: int = 1  # which stage with this split it is: each draws pictures of its own
@@ -39,11 +39,12 @@ class Stage:
 STAGES = (
     Stage(split="easy", rows=40_000, recipe="embedded-easy"),
     Stage(split="align", rows=80_000, recipe="embedded-align"),
-    Stage(split="notes", rows=32_000, recipe="embedded-notes"),
-    Stage(split="ask", rows=32_000, recipe="embedded-ask"),
-    Stage(split="questions", rows=76_800, recipe="embedded-questions"),
-    Stage(split="where", rows=44_800, recipe="embedded-where"),
-    Stage(split="relate", rows=76_800, recipe="embedded-relate"),
+    Stage(split="notes", rows=25_600, recipe="embedded-notes"),
+    Stage(split="ask", rows=25_600, recipe="embedded-ask"),
+    Stage(split="questions", rows=57_600, recipe="embedded-questions"),
+    Stage(split="relate", rows=25_600, recipe="embedded-relate"),
+    Stage(split="far", rows=25_600, recipe="embedded-relate"),
+    Stage(split="relate", rows=25_600, recipe="embedded-relate", number=2),
     Stage(split="everything", rows=76_800, recipe="embedded-questions"),
     Stage(split="everything", rows=76_800, recipe="embedded-questions", number=2),
 )

@@ -76,9 +76,9 @@ class Scene:
         return [thing for thing in self.things if self.count(thing.kind) == 1]
 
 
-def draw_scene(rng: np.random.Generator, bias: float, most: int = MAX_OBJECTS) -> Scene:
-    """A random scene of 1 to `most` objects under `bias` in [-1, 1] (see the module's description)."""
-    kinds = _draw_kinds(rng, int(rng.integers(1, most + 1)), bias)
+def draw_scene(rng: np.random.Generator, bias: float, fewest: int = 1, most: int = MAX_OBJECTS) -> Scene:
+    """A random scene of `fewest` to `most` objects under `bias` in [-1, 1] (see the module's description)."""
+    kinds = _draw_kinds(rng, int(rng.integers(fewest, most + 1)), bias)
     cells = sorted(rng.choice(9, size=len(kinds), replace=False).tolist())
     rng.shuffle(kinds)
     things = [

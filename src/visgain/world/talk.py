@@ -9,6 +9,7 @@ was mentioned before, so that an earlier turn hardly ever gives a word away; whe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -154,11 +155,12 @@ def _asked_kind(rng: np.random.Generator, scene: Scene, bias: float) -> str:
 
 
 def relation(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange | None:
-    pairs = [(a, b) for a in scene.unique for b in scene.unique if a.kind != b.kind and a.cell != b.cell]
-    if not pairs:
-        return None
-    one, other = pairs[int(rng.integers(len(pairs)))]
-    sideways = one.column != other.column and (one.row == other.row or rng.random() < 0.5)
+    pairs = [(a, b) for a in scene.unique for b in scene.unique if a.kind != b.kind]
+    return _relation(rng, *pairs[int(rng.integers(len(pairs)))]) if pairs else None
+
+
+def _relation(rng: np.random.Generator, one: Thing, other: Thing, sideways: bool = False) -> Exchange:
+    sideways = sideways or (one.column != other.column and (one.row == other.row or rng.random() < 0.5))
     if sideways:
         words, said = "to the left or to the right", "left" if one.column < other.column else "right"
         question = f"Is the {one.kind} {words} of the {other.kind}?"
@@ -168,6 +170,16 @@ def relation(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange | 
         question = f"Is the {one.kind} above or below the {other.kind}?"
         reply = f"The {one.kind} is [{said}] the {other.kind}."
     return exchange("relation", question, reply, said, [one.kind, other.kind])
+
+
+def relations(rng: np.random.Generator, scene: Scene, far: bool) -> list[Exchange]:
+    """How every two objects stand to each other; with `far`, only objects in the outer columns, and only sideways.
+
+    What earlier turns give away is marked all the same.
+    """
+    pairs = [(a, b) for a, b in itertools.combinations(scene.unique, 2) if not far or abs(a.column - b.column) == 2]
+    drawn = [[pairs[i][k] for k in rng.permutation(2)] for i in rng.permutation(len(pairs))]
+    return [_relation(rng, one, other, sideways=far) for one, other in drawn]
 
 
 def notes(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange | None:
