@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from visgain.ablation import run as ablation_run
 from visgain.ablation import trial
 from visgain.ablation.arms import DEFAULT, KINDS, parse_arms
 from visgain.ablation.bench import scores_name, steps_of
-from visgain.ablation.figure import draw, panels
+from visgain.ablation.figure import TOP, draw, panels
 from visgain.ablation.metrics import WORLD, numbers, written
 from visgain.ablation.on_data import divide, held_out_metrics, without_rows, write_tested
 from visgain.ablation.result import Ablation, summarise
@@ -228,6 +229,26 @@ def test_the_figure_of_one_seed_and_of_equal_numbers_can_be_drawn() -> None:
     one = summarise([cell("vanilla", 0, 0.5, 0)], arms=["vanilla"], seeds=[0], metrics=WORLD, study={}, failures={})
     assert "nan" not in draw(panels(one))
     ET.fromstring(draw([]))
+
+
+def test_every_kind_of_arm_has_a_colour_of_its_own_in_the_figure() -> None:
+    kinds = [*KINDS, "mine", "yours"]
+    cells = [cell(kind, 0, 0.5, 10 * k) for k, kind in enumerate(kinds)]
+    study = summarise(cells, arms=kinds, seeds=[0], metrics=WORLD[:1], study={}, failures={})
+    circles = ET.fromstring(draw(panels(study))).iter("{http://www.w3.org/2000/svg}circle")
+    key = [circle.get("fill") for circle in circles if circle.get("r") == "5"]
+    assert len(key) == len(set(key)) == len(kinds)
+
+
+def test_an_interval_beyond_a_hundred_percent_is_not_drawn_there() -> None:
+    cells = [cell("vanilla", seed, accuracy) for seed, accuracy in enumerate((0.8, 0.99, 0.9))]
+    study = summarise(cells, arms=["vanilla"], seeds=[0, 1, 2], metrics=WORLD[:1], study={}, failures={})
+    assert study.arms[0].metrics["accuracy"].high > 1
+    text = draw(panels(study))
+    assert "100.0<" in text
+    assert max(float(number) for number in re.findall(r">(\d+\.\d)</text>", text)) == 100.0
+    (whisker,) = re.findall(r'd="M[\d.]+ ([\d.]+)V([\d.]+)" stroke="[^"]*" stroke-width="1.5"', text)
+    assert float(whisker[1]) == TOP
 
 
 # ---------------------------------------------------------------- the user's data

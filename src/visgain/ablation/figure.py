@@ -6,6 +6,7 @@ Drawn by hand as SVG, in one column so that it is readable on a phone. Equal inp
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +17,26 @@ from visgain.ablation.result import Ablation
 from visgain.ablation.statistics import Interval
 from visgain.report.figures import nice_step
 
-WIDTH, HEIGHT = 560, 290  # of a panel
-LEFT, RIGHT, TOP, BOTTOM = 62, 24, 40, 44  # margins of its plot
+WIDTH, HEIGHT = 440, 270  # of a panel
+LEFT, RIGHT, TOP, BOTTOM = 56, 20, 48, 44  # margins of its plot
 BESIDE = 2.5  # between kinds, so that arms with equally many tokens do not hide each other
 KEY_ROW, KEY_COLUMNS = 22, 5
-MOST_WIDTH = 720  # on a large screen
+MOST_WIDTH = 620  # on a large screen
 
-COLOURS = ("#c2571a", "#3b6ea5", "#4d8b31", "#8a5a9e", "#222222", "#777777", "#b3262e", "#0f8b8d", "#b8860b")
-ORDER = ("vig", "random", "sample", "token", "vanilla", "aligned", "soft", "pvi", "cal")
-"""Kinds in the order of their colours; others take what is left."""
+COLOURS = {
+    "vig": "#c2571a",
+    "random": "#3b6ea5",
+    "sample": "#4d8b31",
+    "token": "#8a5a9e",
+    "vanilla": "#222222",
+    "aligned": "#777777",
+    "soft": "#b3262e",
+    "pvi": "#0f8b8d",
+    "cal": "#b8860b",
+    "refresh": "#d6689a",
+}
+OTHER_COLOURS = ("#4fb0d8", "#a0a32f", "#7a4b2a", "#5b5bd6")
+"""For kinds that are not in COLOURS."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +112,9 @@ def draw(panels: Sequence[Panel]) -> str:
 
 
 def _colours(kinds: Sequence[str]) -> dict[str, str]:
-    known = [kind for kind in ORDER if kind in kinds]
-    others = [kind for kind in kinds if kind not in ORDER]
-    return {
-        kind: COLOURS[(ORDER.index(kind) if kind in ORDER else k) % len(COLOURS)]
-        for k, kind in enumerate([*known, *others])
-    }
+    known = {kind: colour for kind, colour in COLOURS.items() if kind in kinds}
+    others = zip((kind for kind in kinds if kind not in COLOURS), itertools.cycle(OTHER_COLOURS))
+    return known | dict(others)
 
 
 def _key(colours: dict[str, str]) -> Iterator[str]:
@@ -120,11 +129,11 @@ def _key(colours: dict[str, str]) -> Iterator[str]:
 
 def _panel(panel: Panel, colours: dict[str, str]) -> Iterator[str]:
     """Title, axes, then each kind: a line from share to share, whiskers, and points with their share beside them."""
-    x, y = _scales(panel.points)
-    better = {"higher": ", higher is better", "lower": ", lower is better"}.get(panel.metric["better"], "")
+    x, y = _scales(panel)
+    better = {"higher": "higher is better", "lower": "lower is better"}.get(panel.metric["better"], "")
     unit = " (%)" if panel.metric["format"] == "percent" else ""
     yield f'<text x="12" y="24" font-size="15" font-weight="600">{escape(panel.metric["label"] + unit)}'
-    yield f'<tspan font-size="13" font-weight="400" fill="#555">{better}</tspan></text>'
+    yield f'<tspan dx="5" font-size="13" font-weight="400" fill="#555">{better}</tspan></text>'
     yield from _axes(panel.metric, x, y)
     labels: list[str] = []  # above everything else
     for number, kind in enumerate(colours):
@@ -137,14 +146,18 @@ def _panel(panel: Panel, colours: dict[str, str]) -> Iterator[str]:
     yield from labels
 
 
-def _scales(points: Sequence[Point]) -> tuple[Scale, Scale]:
-    ends = [end for point in points for end in (point.value.mean, point.value.low, point.value.high) if end is not None]
+def _scales(panel: Panel) -> tuple[Scale, Scale]:
+    values = [point.value for point in panel.points]
+    ends = [end for value in values for end in (value.mean, value.low, value.high) if end is not None]
     low, high = min(ends), max(ends)
     margin = 0.06 * (high - low) or abs(high) * 0.05 or 0.01
-    most = max(point.tokens for point in points) or 1.0
+    low, high = low - margin, high + margin
+    if panel.metric["format"] == "percent":  # an interval can reach beyond what a share can be
+        low, high = max(low, 0.0), min(high, 1.0)
+    most = max(point.tokens for point in panel.points) or 1.0
     return (
         Scale(low=-0.04 * most, high=1.04 * most, start=LEFT, stop=WIDTH - RIGHT),
-        Scale(low=low - margin, high=high + margin, start=HEIGHT - BOTTOM, stop=TOP),
+        Scale(low=low, high=high, start=HEIGHT - BOTTOM, stop=TOP),
     )
 
 
@@ -169,7 +182,7 @@ def _series(points: Sequence[Point], colour: str, x: Scale, y: Scale) -> Iterato
     for point in points:
         at, middle = x(point.tokens), y(point.value.mean)
         if point.value.low is not None and point.value.high is not None:
-            whisker = f"M{at} {y(point.value.low)}V{y(point.value.high)}"
+            whisker = f"M{at} {y(max(point.value.low, y.low))}V{y(min(point.value.high, y.high))}"
             yield f'<path d="{whisker}" stroke="{colour}" stroke-width="1.5" stroke-opacity="0.45"/>'
         circle = f'cx="{at}" cy="{middle}" r="4.5" fill="{colour}" stroke="#fff"'
         yield f"<circle {circle}><title>{escape(point.name)}</title></circle>"
