@@ -36,6 +36,11 @@ from matplotlib import pyplot as plt
 
 ALIGN = Path(__file__).with_name("photographs-align.yaml")
 HELD_OUT = 10  # one picture in so many
+ARMS = {
+    "vanilla": {"by": "sample", "keep": 100.0},
+    "random": {"by": "random", "keep": 70.0},  # as many rows and tokens as vig
+    "vig": {"by": "sample+token", "keep": 70.0},
+}
 VOCABULARY = 2048
 WIDTH = 192
 
@@ -121,7 +126,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
 def draw(curves: dict[str, list[tuple[int, float]]], out: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "photographs"
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for place, names in zip(axes, (("align",), ("vanilla", "vig")), strict=True):
+    for place, names in zip(axes, (("align",), tuple(ARMS)), strict=True):
         for name in names:
             steps, losses = map(np.asarray, zip(*curves[name], strict=True))
             window = max(1, len(losses) // 40)
@@ -190,22 +195,22 @@ def run(images: Path, out: Path) -> dict[str, Any]:
     aligned = train("align", "base", "captions", recipe=str(ALIGN))
     scored = score("scores", "align", "mix", "llava-1.5")
     counts = {}
-    for name, by, keep in (("vanilla", "sample", 100.0), ("vig", "sample+token", 70.0)):
-        config = SelectConfig(scores=out / "scores", out=out / f"select-{name}", by=by, keep=keep)
+    for name, rule in ARMS.items():
+        config = SelectConfig(scores=out / "scores", out=out / f"select-{name}", **rule)
         clock.stage(f"select-{name}", lambda config=config: run_select(config))
         told = json.loads((out / f"select-{name}" / "selection.json").read_text())
         counts[name] = {key: told[key] for key in ("tau", "totals", "by_source")}
     tuned = {}
     options = {"recipe": "tune", "learning_rate": 3e-4, "batch_size": 32, "micro_batch": 32, "save_steps": 100}
     options |= {"max_steps": steps_of_one_epoch(data / "mix.json", 32), "template": "llava-1.5"}
-    for name in ("vanilla", "vig"):
+    for name in ARMS:
         tuned[name] = train(name, "align", "mix", selection=out / f"select-{name}", **options)
     held_out = {}
-    for model in ("align", "vanilla", "vig"):
+    for model in ("align", *ARMS):
         for file, template in (("captions", "llava-1.5-align"), ("mix", "llava-1.5")):
             score(f"held-out/{model}-{file}", model, f"{file}-held-out", template)
             held_out[f"{model} {file}"] = seen_and_gain(out / "held-out" / f"{model}-{file}")
-    curves = {name: curve(out / name) for name in ("align", "vanilla", "vig")}
+    curves = {name: curve(out / name) for name in ("align", *ARMS)}
     draw(curves, out / "photographs.svg")
     return {
         "aligned": vars(aligned),

@@ -86,7 +86,8 @@ SPLITS = {
     "test": Split(bias=-1.0, captions=0.2, existence=0.35, turns=(1, 1)),
     # The embedded model learns to see (one object to a picture), to look around ("align"), to find an object by its
     # kind ("notes"), to answer about it ("ask"), everything together ("questions"), how objects stand to each other
-    # ("relate", "far"), which in a conversation of other questions is asked too seldom, and everything once more.
+    # ("relate", "far"), which in a conversation of other questions is asked too seldom, everything once more, and with
+    # more to "count".
     "easy": Split(bias=0.0, captions=0.5, common_sense=0.02, text_only=0.02, turns=(1, 1), objects=(1, 1)),
     "notes": Split(bias=0.0, turns=(1, 1), notes=1.0),
     "ask": Split(
@@ -109,6 +110,16 @@ SPLITS = {
         turns=(3, 4),
         notes=0.05,
         visual=(*VISUAL, place, count, relation, relation),
+    ),
+    "count": Split(
+        bias=0.0,
+        captions=0.15,
+        common_sense=0.03,
+        text_only=0.03,
+        existence=0.1,
+        turns=(3, 4),
+        notes=0.05,
+        visual=(*VISUAL, count, count, count, relation),
     ),
 }
 

@@ -1,7 +1,8 @@
 """Rebuild the embedded model from nothing: `make embedded-model`, or `python -m visgain.world.rebuild --out FOLDER`.
 
-A curriculum of ten runs of the project's own `train`: one object to a picture, full scenes, notes, questions about one
-thing, everything, how objects stand to each other (all pairs, far ones, all again), everything twice more.
+A curriculum of eleven runs of the project's own `train`: one object to a picture, full scenes, notes, questions about
+one thing, everything, how objects stand to each other (all pairs, far ones, all again), everything twice more, and once
+with more counting.
 Rerunning resumes. The trained model is FOLDER/model; how good it is lands in FOLDER/quality.json.
 """
 
@@ -26,7 +27,7 @@ from visgain.world.model import build_blank
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    split: Literal["easy", "align", "notes", "ask", "questions", "relate", "far", "everything"]
+    split: Literal["easy", "align", "notes", "ask", "questions", "relate", "far", "everything", "count"]
     rows: int
     recipe: str
     number: int = 1  # which stage with this split it is: each draws pictures of its own
@@ -47,6 +48,7 @@ STAGES = (
     Stage(split="relate", rows=25_600, recipe="embedded-relate", number=2),
     Stage(split="everything", rows=76_800, recipe="embedded-questions"),
     Stage(split="everything", rows=76_800, recipe="embedded-questions", number=2),
+    Stage(split="count", rows=38_400, recipe="embedded-questions"),
 )
 
 
