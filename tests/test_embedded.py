@@ -48,6 +48,8 @@ def test_the_embedded_model_is_as_good_as_it_says(name: str, bias: float, tmp_pa
         n = measured.questions if key == "accuracy" else measured.captions
         spread = math.sqrt(max(claimed[key] * (1 - claimed[key]), 0.01) / n)
         assert abs(getattr(measured, key) - claimed[key]) < 4 * spread, key
+    assert len(measured.accuracy_by_topic) == 7
+    assert min(measured.accuracy_by_topic.values()) > 0.75, "of some sorts of question there are ten here"
 
 
 @pytest.mark.slow
