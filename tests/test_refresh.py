@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from visgain.config import ScoreConfig, SelectConfig, TrainConfig
 from visgain.errors import ConfigError, DataError
 from visgain.scoring.run import run_score
 from visgain.selection import run_select
-from visgain.storage import read_scores, read_selection_table
+from visgain.storage import read_scores, read_selection_table, write_part
 from visgain.training.refresh import RULES, Decided, Refresh, Rounds
 from visgain.training.run import run_train
 from visgain.training.trainer import SelectiveTrainer
@@ -173,6 +174,27 @@ def test_an_interrupted_and_resumed_training_decides_nothing_twice_and_ends_alik
     one, other = (AutoModelForImageTextToText.from_pretrained(c.out).state_dict() for c in (whole, cut))
     for name in one:
         assert torch.equal(one[name], other[name]), name
+
+
+def test_a_round_that_three_processes_left_unfinished_is_scored_anew_by_one(
+    blank_model: Path, small_world: Path, selection: Path, tmp_path: Path
+) -> None:
+    whole = train_config(blank_model, small_world, selection, tmp_path / "whole")
+    run_train(whole)
+    first = rounds_of(whole.out)[0]
+    cut = train_config(blank_model, small_world, selection, tmp_path / "cut")
+    # The second of three parts, with scores that nobody would give, and no round.json.
+    left = cut.out / first.relative_to(whole.out) / "scores"
+    left.mkdir(parents=True)
+    wrong = read_scores(first / "scores").slice(0, 3)
+    gain = wrong.schema.get_field_index("gain")
+    wrong = wrong.set_column(gain, wrong.schema.field(gain), pa.array([1e6] * 3))
+    write_part(left, 1, 3, wrong)
+    (left / "run.json").write_text((first / "scores/run.json").read_text())
+    run_train(cut)
+    assert read_scores(left).equals(read_scores(first / "scores"))
+    one, other = (AutoModelForImageTextToText.from_pretrained(c.out).state_dict() for c in (whole, cut))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_adapters_are_scored_with_what_they_have_learned(
