@@ -15,7 +15,7 @@ from dataclasses import astuple
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -608,6 +608,10 @@ def test_the_shares_of_a_split_are_those_it_states() -> None:
     assert mean(topic == "caption" for topic in topics) == pytest.approx(split.captions, abs=0.04)
     common_sense = mean(topic in ("usual colour", "companion") for topic in topics)
     assert common_sense == pytest.approx(split.common_sense, abs=0.05)
+
+
+def test_every_split_can_be_asked_for() -> None:
+    assert set(get_args(get_type_hints(WorldConfig)["split"])) == set(SPLITS)
 
 
 def test_a_bias_outside_of_the_dial_is_refused() -> None:

@@ -587,9 +587,9 @@ class WorldConfig:
 
     out: Path
     """Folder for data.json, truth.jsonl and images/."""
-    split: Literal["easy", "align", "notes", "ask", "questions", "relate", "far", "everything", "train", "test"] = (
-        "train"
-    )
+    split: Literal[
+        "train", "test", "easy", "align", "notes", "ask", "questions", "relate", "far", "everything", "count"
+    ] = "train"
     """train: follows the priors; test: breaks them; the others: no priors, for the embedded model."""
     rows: int = 2000
     """Conversations to draw."""

@@ -29,6 +29,7 @@ from visgain.storage import PER_IMAGE_SCHEMA, SCORE_SCHEMA, score_table, write_p
 from visgain.types import Sample, Skipped, TokenScores
 from visgain.vlm.float8 import make_draft
 from visgain.vlm.load import VLM
+from visgain.vlm.threads import computing_with, n_threads
 
 UNITS, ROWS = 24, 96
 """Units of the plan, and rows in them, that are scored at most."""
@@ -105,7 +106,7 @@ def measure(config: ScoreConfig, vlm: VLM, dataset: Dataset, reading: Reading) -
     workers = run.n_workers(config, vlm)
     try:
         counterfactual = run.blind_condition(config)
-        with run.computing_with(run.n_threads(vlm)):
+        with computing_with(n_threads(vlm)):
             pace = _forward_seconds(vlm, reading)
             chosen = Chosen(dataset, _rows(reading, pace))
             if not len(chosen):

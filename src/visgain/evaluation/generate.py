@@ -25,6 +25,7 @@ from visgain.vlm.batch import pad_batch, signature
 from visgain.vlm.encode import Encoder
 from visgain.vlm.load import VLM
 from visgain.vlm.pack import placed
+from visgain.vlm.threads import computing_with, n_threads
 
 WINDOW = 4
 """Batches whose prompts are prepared and then sorted by their length in tokens: bounds the pictures in memory."""
@@ -223,7 +224,8 @@ def _batches(prompts: Mapping[int, Prompt], size: int) -> Iterator[Sequence[int]
 @torch.inference_mode()
 def _decoded(vlm: VLM, encoder: Encoder, prompts: Sequence[Prompt], max_new_tokens: int, decoder: Decoder) -> list[str]:
     try:
-        new = decoder(vlm, encoder, prompts, max_new_tokens)
+        with computing_with(n_threads(vlm)):
+            new = decoder(vlm, encoder, prompts, max_new_tokens)
     except torch.OutOfMemoryError as error:
         if len(prompts) == 1:
             size = len(prompts[0].encoded.input_ids)

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,12 +58,10 @@ from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name, pick_
 from visgain.vlm.profiles import find_profile
 from visgain.vlm.projector import with_projector
 from visgain.vlm.template import make_encoder
+from visgain.vlm.threads import computing_with, n_threads
 
 PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens in one forward pass by default. A CPU is fastest while a pack's states fit into its caches."""
-
-SMALL_MODEL = 10_000_000
-"""Parameters. On two cores the embedded model (1.7M) scored 92 rows/s with one thread and 27 with two."""
 
 DRAFT = "float8"
 """The dtype of a draft: asked for, never chosen; the rest of the model is in bfloat16."""
@@ -372,22 +369,6 @@ def n_workers(config: ScoreConfig, vlm: VLM) -> int:
     # The model's threads would wait for one whose core a worker has.
     busy = 1 if vlm.device.type == "cuda" else n_threads(vlm)
     return max(0, min(4 if vlm.device.type == "cuda" else 1, cores - busy))
-
-
-def n_threads(vlm: VLM) -> int:
-    """Threads to compute with: those of a small model on a CPU wait more than they work."""
-    small = vlm.device.type == "cpu" and vlm.model.num_parameters() < SMALL_MODEL
-    return 1 if small else torch.get_num_threads()
-
-
-@contextmanager
-def computing_with(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _identity(config: ScoreConfig, source: Feed, vlm: VLM) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from visgain.scoring.claims import Rank
 from visgain.scoring.engine import WAYS, Choice, Engine
 from visgain.scoring.feed import Feed, feed
 from visgain.scoring.plan import Plan, make_plan
-from visgain.scoring.run import PACK_TOKENS, Scorer, checked_way, computing_with, make_feed, n_threads
+from visgain.scoring.run import PACK_TOKENS, Scorer, checked_way, make_feed
 from visgain.selection import run_select
 from visgain.storage import (
     read_json,
@@ -46,6 +46,7 @@ from visgain.training.steps import Steps
 from visgain.types import Sample, Skipped
 from visgain.vlm.encode import Encoder
 from visgain.vlm.load import VLM
+from visgain.vlm.threads import computing_with, n_threads
 
 FOLDER = "refresh"
 """In a training's folder: its rounds."""

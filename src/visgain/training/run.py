@@ -16,7 +16,6 @@ from visgain.config import TrainConfig
 from visgain.data import reading
 from visgain.errors import ConfigError
 from visgain.scored import open_as_scored
-from visgain.scoring.run import computing_with, n_threads
 from visgain.storage import claim_run, file_hash, read_json, write_json
 from visgain.training.arguments import training_arguments
 from visgain.training.checkpoint import last_checkpoint
@@ -32,6 +31,7 @@ from visgain.vlm.load import VLM, load_vlm, model_fingerprint, model_name
 from visgain.vlm.profiles import find_profile
 from visgain.vlm.projector import with_projector
 from visgain.vlm.template import make_encoder
+from visgain.vlm.threads import computing_with, n_threads
 
 SUMMARY = "train.json"
 """In a trained model's folder, written last: the TrainSummary."""
