@@ -102,7 +102,8 @@ def test_the_weights_of_both_parts_are_those_of_their_checkpoints(pair: tuple[st
     if tower == "siglip2":
         place = "embeddings.patch_embedding.weight"
         state[place] = state[place].reshape(-1, PATCH, PATCH, 3).permute(0, 3, 1, 2)
-    equal(vlm.model.model.vision_tower.state_dict(), state)
+    ours = vlm.model.model.vision_tower.state_dict()
+    equal({name: tensor for name, tensor in ours.items() if not name.startswith("head.")}, state)  # 5.17 keeps one
 
     causal = AutoModelForCausalLM.from_pretrained(part(folder, language))
     rows = causal.get_input_embeddings().weight.shape[0]

@@ -311,7 +311,10 @@ def test_a_picture_token_in_the_words_of_a_row_is_no_picture(
 
 
 def test_more_marks_than_pictures_are_the_rows_reason(templated: Callable[[Any], ChatEncoder]) -> None:
-    with pytest.raises(EncodingError, match=r"LlavaNextProcessor does not take this row: .*2 <image> tokens"):
+    with pytest.raises(
+        EncodingError,
+        match=r"LlavaNextProcessor does not take this row: .*(2 <image> tokens|more marks than its 1 pictures)",
+    ):
         templated(CHATML).encode(make_sample("<image><image>What?", "A cup."), [PICTURE])
 
 

@@ -123,8 +123,10 @@ def test_a_template_with_another_models_picture_does_not_pass(vlm: VLM, data: Pa
     vlm.processor.chat_template = QWEN
     names = found(vlm, data)
     assert "<|image_pad|>" in names["foreign-template"].seen
-    assert names["skipped-rows"].severity == "error"
-    assert "--template" in names["skipped-rows"].mend
+    # Processors of transformers before 5.23 take a row whose pictures have no mark in the text.
+    rows = names.get("skipped-rows") or names["no-image-tokens"]
+    assert rows.severity == "error"
+    assert "--template" in rows.mend
 
 
 def test_rows_whose_pictures_have_no_token_in_the_text_are_an_error(vlm: VLM, data: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from environments import blocks, replaced
 from visgain.config import ExportConfig, ScoreConfig, SelectConfig, TrainConfig, WorldConfig
@@ -30,6 +32,10 @@ from visgain.world.dataset import write_world
 
 GUIDE = Path(__file__).parents[1] / "docs/trainers/hf.md"
 SOFT = "clamp:low=0.001,high=0.1,window=1"
+masks_of_answers = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"),
+    reason="transformers 5.17 marks the answers of rows with pictures at wrong places",
+)
 SETTINGS = {
     "use_cpu": True,
     "report_to": "none",
@@ -126,6 +132,7 @@ def collated(batches: list[dict[str, Any]]) -> list[Row]:
 # ---------------------------------------------------------------- the guide
 
 
+@masks_of_answers
 def test_exactly_the_selected_tokens_carry_loss(folder: Path, export: Callable[..., Any]) -> None:
     rows = export()
     assert len(rows) > 8
@@ -135,6 +142,7 @@ def test_exactly_the_selected_tokens_carry_loss(folder: Path, export: Callable[.
     assert trainer.state.global_step == 3
 
 
+@masks_of_answers
 @pytest.mark.parametrize("weights", ["hard", SOFT])
 def test_the_loss_is_ours_step_by_step(
     folder: Path, export: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
@@ -172,6 +180,7 @@ def test_the_loss_is_ours_step_by_step(
     assert all(torch.allclose(here[name], there[name], atol=2e-4) for name in here)
 
 
+@masks_of_answers
 def test_a_template_that_drifted_stops_with_the_row(export: Callable[..., Any]) -> None:
     export()
     drift = 'processor.chat_template = processor.chat_template.replace("{{ eos_token }}", "")\n'
@@ -191,6 +200,7 @@ def test_soft_weights_need_a_word(export: Callable[..., Any]) -> None:
         run_guide()
 
 
+@masks_of_answers
 def test_soft_weights_may_count_alike(folder: Path, export: Callable[..., Any]) -> None:
     rows = export(SOFT)
     _, batches, _ = run_guide(("SelectiveCollator(collator, masks", "SelectiveCollator(collator, masks, False"))

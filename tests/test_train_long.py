@@ -119,7 +119,7 @@ def test_recomputed_activations_change_nothing(config: TrainConfig, tmp_path: Pa
     original = training.recompute_activations
     monkeypatch.setattr(training, "recompute_activations", lambda model: (enabled.append(model), original(model)))
     run_train(replace(config, out=tmp_path / "recomputed", gradient_checkpointing=True))
-    assert enabled[0].is_activation_checkpointing
+    assert getattr(enabled[0], "is_activation_checkpointing", None) or enabled[0].is_gradient_checkpointing
     assert furthest(config.out, tmp_path / "recomputed") <= 1e-6
 
 

@@ -17,9 +17,6 @@ from transformers import (
     Llama4Config,
     Llama4ForConditionalGeneration,
     Llama4Processor,
-    Molmo2Config,
-    Molmo2ForConditionalGeneration,
-    Molmo2Processor,
     Phi4MultimodalConfig,
     Phi4MultimodalFeatureExtractor,
     Phi4MultimodalForCausalLM,
@@ -155,6 +152,8 @@ MOLMO += ["<im_low>", "<|image|>", "<|video|>"]
 
 
 def molmo2():
+    from transformers import Molmo2Config, Molmo2ForConditionalGeneration, Molmo2Processor
+
     tokenizer = byte_tokenizer(
         ["<|endoftext|>", "<|im_end|>"],
         {f"extra_{number}": token for number, token in enumerate(MOLMO)},  # the last ids: embedded, never predicted
@@ -350,6 +349,7 @@ ENTRIES = [
     ),
     Entry(
         name="molmo2",
+        since="5.23",
         make=molmo2,
         missing="Molmo2ImageProcessor",
         way="cached",  # all tokens of all pictures see each other

@@ -7,10 +7,6 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
-    Gemma4AudioFeatureExtractor,
-    Gemma4Config,
-    Gemma4ForConditionalGeneration,
-    Gemma4Processor,
     GemmaConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
@@ -18,7 +14,6 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from visgain.vlm.load import NoVideos
@@ -81,6 +76,14 @@ GEMMA4 = (
 
 
 def gemma4():
+    from transformers import (
+        Gemma4AudioFeatureExtractor,
+        Gemma4Config,
+        Gemma4ForConditionalGeneration,
+        Gemma4Processor,
+    )
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
     named = {
         "image_token": "<|image|>",
         "boi_token": "<|image>",
@@ -186,6 +189,7 @@ ENTRIES = [
     ),
     Entry(
         name="gemma4",
+        since="5.23",
         cuttable=False,
         way="mutual",
         make=gemma4,

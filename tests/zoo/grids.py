@@ -228,6 +228,12 @@ ENTRIES = [
         ends=("<|end_of_sentence|>",),
         note="other experts for image tokens than for text (moe_mm_token_type_ids); M-RoPE; tied",
     ),
-    Entry(name="paddleocr_vl", make=paddleocr, ends=("<|end_of_sentence|>",), note="M-RoPE; positions interpolated"),
+    Entry(
+        name="paddleocr_vl",
+        since="5.23",
+        make=paddleocr,
+        ends=("<|end_of_sentence|>",),
+        note="M-RoPE; positions interpolated",
+    ),
     Entry(name="video_llama_3", make=video_llama_3, ends=("<|im_end|>\n",), note="image_merge_sizes; plain positions"),
 ]

@@ -59,6 +59,7 @@ def mllama():
 ENTRIES = [
     Entry(
         name="mllama",
+        since="5.23",
         blind="drop",
         way="cached",  # cross-attention
         make=mllama,

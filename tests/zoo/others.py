@@ -234,7 +234,9 @@ def fuyu_rows(vlm: VLM, image: Image) -> Pieces:
 ENTRIES = [
     Entry(name="deepseek_vl", make=deepseek_vl, ends=("<|end|>",), note="as llava with SigLIP"),
     Entry(name="janus", make=janus, ends=("<|end|>",), note="has a second vision part, for drawing, that stays unused"),
-    Entry(name="aria", make=aria, ends=("<|im_end|>\n",), note="experts; a padded picture with pixel_mask"),
+    Entry(
+        name="aria", since="5.23", make=aria, ends=("<|im_end|>\n",), note="experts; a padded picture with pixel_mask"
+    ),
     Entry(name="lighton_ocr", make=lighton_ocr, ends=("<|im_end|>\n",), note="Pixtral's tower and Qwen3; image_sizes"),
     Entry(
         name="minicpmv4_6",
@@ -246,6 +248,7 @@ ENTRIES = [
     ),
     Entry(
         name="fuyu",
+        since="5.23",
         make=fuyu,
         picture=fuyu_rows,
         ends=("|ENDOFTEXT|",),

@@ -285,24 +285,28 @@ def ovis2():
 ENTRIES = [
     Entry(
         name="idefics2",
+        since="5.23",
         make=idefics2,
         ends=("<end_of_utterance>\n",),
         note="a resampler: pictures of any size become 3 tokens; pixel_attention_mask",
     ),
     Entry(
         name="idefics3",
+        since="5.23",
         make=idefics3,
         ends=("<end_of_utterance>\n",),
         note="rows and columns of tiles with text between them; pixel shuffle; pixel_values [1, tiles, ...]",
     ),
     Entry(
         name="smolvlm",
+        since="5.23",
         make=smolvlm,
         ends=("<end_of_utterance>\n",),
         note="as idefics3, tied embeddings, one token a tile; the processor needs num2words",
     ),
     Entry(
         name="internvl",
+        since="5.23",
         make=internvl,
         ends=("<|im_end|>\n",),
         note="as many tiles as fit the picture's shape, and a thumbnail; the placeholder is also the image token",
@@ -317,6 +321,7 @@ ENTRIES = [
     Entry(name="got_ocr2", make=got_ocr2, ends=("<|im_end|>\n",), note="256 tokens a picture, always; tied embeddings"),
     Entry(
         name="ovis2",
+        since="5.23",
         cuttable=False,  # the marks around tiles, too, are the vision side's
         make=ovis2,
         ends=("<|im_end|>\n",),
