@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from visgain.training.run import run_train
 from visgain.vlm.load import EMBEDDED, load_vlm
 from visgain.world.dataset import write_world
 from visgain.world.evaluate import evaluate_world
-from visgain.world.rebuild import Stage, rebuild
+from visgain.world.rebuild import STAGES, rebuild
 
 
 def test_the_embedded_model_is_a_small_plain_llava_folder() -> None:
@@ -55,10 +56,7 @@ def test_the_embedded_model_is_as_good_as_it_says(name: str, bias: float, tmp_pa
 @pytest.mark.slow
 def test_one_command_rebuilds_it_and_goes_on_where_it_was(tmp_path: Path) -> None:
     """With two steps to a stage, which the 16 bits between stages show in matrices, not in norms close to 1."""
-    stages = (
-        Stage(split="easy", rows=128, recipe="embedded-easy"),
-        Stage(split="ask", rows=128, recipe="embedded-ask"),
-    )
+    stages = [replace(stage, rows=128) for stage in STAGES]
     model = rebuild(tmp_path, stages=stages, test_rows=12)
     blank, trained = (load_file(folder / "model.safetensors") for folder in (tmp_path / "blank", model))
     assert not [name for name, weight in trained.items() if weight.dim() > 1 and torch.equal(weight, blank[name])]
