@@ -258,6 +258,26 @@ def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def under_deepspeed(
+    deepspeed: Path, mixed: Path, blank_model: Path, small_world: Path, data: Path, tmp_path: Path
+) -> Callable[..., Path]:
+    """`under_deepspeed(name, *flags)`: the folder of a training in two processes, on CPU, where Accelerate has to be
+    persuaded. With `dies` it is killed while it writes its second checkpoint."""
+
+    def run(name: str, *flags: object, dies: bool = False) -> Path:
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
+        words += [Path(__file__).with_name("train_ranks.py"), *(["die"] if dies else [])]
+        words += ["train", "--model", blank_model, "--data", data, "--image-root", small_world, "--selection", mixed]
+        words += ["--recipe", "embedded-tune", "--learning-rate", 1e-3, "--out", tmp_path / name, *flags]
+        environment = {**os.environ, "PYTHONPATH": str(deepspeed), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, check=False)
+        assert dies or done.returncode == 0, done.stderr
+        return tmp_path / name
+
+    return run
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize(
     "flags",
@@ -269,33 +289,28 @@ def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["zero2", "zero3", "zero3-lora"],
 )
 def test_a_model_sharded_by_deepspeed_trains_as_one_process_does(
-    flags: Any,
-    train: Callable[..., Path],
-    mixed: Path,
-    deepspeed: Path,
-    blank_model: Path,
-    small_world: Path,
-    data: Path,
-    tmp_path: Path,
+    flags: Any, train: Callable[..., Path], mixed: Path, under_deepspeed: Callable[..., Path], blank_model: Path
 ) -> None:
-    """On CPU, where Accelerate has to be persuaded. Some packs have no picture, while all ranks gather the weights."""
+    """Some packs have no picture, while all ranks gather the weights."""
     sizes = ("--batch-size", 2, "--micro-batch", 1, "--epochs", 2)
     alone = train(1, mixed, *flags[2:], *sizes)
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        2,
-        Path(__file__).with_name("train_ranks.py"),
-    ]
-    words += ["train", "--model", blank_model, "--data", data, "--image-root", small_world, "--selection", mixed]
-    words += ["--recipe", "embedded-tune", "--learning-rate", 1e-3, "--out", tmp_path / "sharded", *flags, *sizes]
-    environment = {**os.environ, "PYTHONPATH": str(deepspeed), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert_same_training(alone, tmp_path / "sharded", tolerance=1e-4)
-    assert "projector" in changed(blank_model, tmp_path / "sharded")
+    sharded = under_deepspeed("sharded", *flags, *sizes)
+    assert_same_training(alone, sharded, tolerance=1e-4)
+    assert "projector" in changed(blank_model, sharded)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("parallel", ["zero2", "zero3"])
+def test_ranks_under_deepspeed_that_are_killed_go_on_as_if_nothing_had_been(
+    parallel: str, under_deepspeed: Callable[..., Path]
+) -> None:
+    flags = ("--parallel", parallel, "--batch-size", 2, "--micro-batch", 1, "--max-steps", 5, "--save-steps", 2)
+    flags += ("--parts", "projector", "--parts", "language")
+    whole = under_deepspeed("whole", *flags)
+    cut = under_deepspeed("cut", *flags, dies=True)
+    assert len(list(cut.glob("checkpoints/*"))) >= 1
+    assert not (cut / "train.json").exists()
+    assert_same_training(whole, under_deepspeed("cut", *flags), tolerance=1e-6)
 
 
 # ---------------------------------------------------------------- the command line

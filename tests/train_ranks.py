@@ -132,6 +132,10 @@ def shard_and_die() -> None:
     die_in_the_second_checkpoint()
 
 
-if __name__ == "__main__":  # for torchrun: whatever follows, sharded on CPU
+if (
+    __name__ == "__main__"
+):  # for torchrun: whatever follows, sharded on CPU; killed in between if the first word is "die"
+    if dies := sys.argv[1] == "die":
+        die_in_the_second_checkpoint()
     shard_on_cpu()
-    main(sys.argv[1:])
+    main(sys.argv[1 + dies :])
