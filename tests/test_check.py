@@ -123,7 +123,7 @@ def test_a_template_with_another_models_picture_does_not_pass(vlm: VLM, data: Pa
     vlm.processor.chat_template = QWEN
     names = found(vlm, data)
     assert "<|image_pad|>" in names["foreign-template"].seen
-    # Processors of transformers before 5.23 take a row whose pictures have no mark in the text.
+    # Processors of transformers 5.17 take a row whose pictures have no mark in the text.
     rows = names.get("skipped-rows") or names["no-image-tokens"]
     assert rows.severity == "error"
     assert "--template" in rows.mend

@@ -133,7 +133,7 @@ def processed(processor: ProcessorMixin, text: str, images: Sequence[Image], **o
     for given in (list(images), [list(images)]) if images else (None,):
         try:
             inputs = dict(processor(text=[text], images=given, return_tensors="pt", **options))
-        except StopIteration:  # how transformers before 5.23 say it
+        except StopIteration:  # how transformers 5.17 says it
             refusals.append(f"its text has more marks than its {len(images)} pictures")
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError) as error:
             refusals.append(str(error).strip() or type(error).__name__)
