@@ -34,7 +34,7 @@ from visgain.ablation.on_data import divide, held_out_metrics, without_rows, wri
 from visgain.ablation.result import Ablation, summarise
 from visgain.ablation.run import run_ablation
 from visgain.ablation.statistics import interval, paired, t_quantile
-from visgain.ablation.table import as_markdown, grids
+from visgain.ablation.table import as_markdown, grids, print_ablation
 from visgain.config import AblateConfig, ReportConfig
 from visgain.data import open_dataset
 from visgain.errors import ConfigError, DataError, StorageError
@@ -229,6 +229,17 @@ def test_the_figure_of_one_seed_and_of_equal_numbers_can_be_drawn() -> None:
     one = summarise([cell("vanilla", 0, 0.5, 0)], arms=["vanilla"], seeds=[0], metrics=WORLD, study={}, failures={})
     assert "nan" not in draw(panels(one))
     ET.fromstring(draw([]))
+
+
+def test_on_a_narrow_terminal_no_number_is_cut_off(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    print_ablation(invented())
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    for grid in grids(invented()):
+        assert all(any(all(cell in shown for cell in line) for shown in printed.splitlines()) for line in grid.lines)
 
 
 def test_every_kind_of_arm_has_a_colour_of_its_own_in_the_figure() -> None:

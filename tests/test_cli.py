@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -268,7 +269,7 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         ("show one --scores a", 'Invalid value for ROW: unable to convert "one" into int.'),
         ("world --out w --rows many", 'Invalid value for --rows: unable to convert "many" into int.'),
         ("world --out w --rows 2.5", 'Invalid value for --rows: "2.5" is not a whole number.'),
-        ("world --out w --split tets", 'Invalid value "tets" for --split. Choose from: "easy", "align"'),
+        ("world --out w --split tets", 'Invalid value "tets" for --split. Choose from: "train", "test"'),
         ("world --out w --bias -2", "--bias is -2.0; it must lie between -1 and 1"),
         ("world --out", "--out requires an argument"),
         ("world --out w --rows", "--rows requires an argument"),
@@ -349,7 +350,12 @@ def test_a_defect_of_ours_keeps_its_traceback(cli: Callable[..., Outcome], monke
 
 def test_an_interrupted_run_says_how_to_go_on(cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("visgain.selection.run_select", fail(KeyboardInterrupt()))
-    outcome = cli("select", "--scores", "a", "--out", "b")
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        outcome = cli("select", "--scores", "a", "--out", "b")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a second one would cut off the message"
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (outcome.code, outcome.err) == (1, "visgain: interrupted; the same command resumes\n")
 
 
@@ -463,7 +469,7 @@ def test_a_file_does_not_outlive_its_command(cli: Callable[..., Outcome], called
         ("out: w\nrows: 2.5\n", 'Invalid value for [rows]: "2.5" is not a whole number.'),
         ("out: w\nrows: [1, 2]\n", "Invalid value for [rows] from {path}"),
         ("out: w\nrows: {a: 1}\n", 'Unknown option: "[rows][a]" from {path}.'),
-        ("out: w\nsplit: 5\n", 'Invalid value "5" for [split] from {path}. Choose from: "easy"'),
+        ("out: w\nsplit: 5\n", 'Invalid value "5" for [split] from {path}. Choose from: "train"'),
         ("out: w\nrows: 0\n", "--rows is 0; it must be positive"),
         ("rows: 5\n", "--out requires an argument"),
         ("out: [w\n", "cannot read {path}: while parsing a flow sequence"),

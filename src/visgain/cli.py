@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -359,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"visgain: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: what follows is the end
         print("visgain: interrupted; the same command resumes", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:

@@ -64,10 +64,13 @@ class Entry:
         """Whether save_pretrained and load_vlm give the same model back."""
         return self.processor and not self.missing
 
-    def build(self) -> VLM:
-        """The model with its processor, the same weights at every call. Skips the test if transformers is too old."""
+    def skip_if_unknown(self) -> None:
         if Version(transformers.__version__) < Version(self.since):
             pytest.skip(f"{self.name} needs transformers {self.since}, this is {transformers.__version__}")
+
+    def build(self) -> VLM:
+        """The model with its processor, the same weights at every call. Skips the test if transformers is too old."""
+        self.skip_if_unknown()
         with torch.random.fork_rng(), no_videos():
             torch.manual_seed(self.seed)
             model, processor = self.make()

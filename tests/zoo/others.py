@@ -240,6 +240,7 @@ ENTRIES = [
     Entry(name="lighton_ocr", make=lighton_ocr, ends=("<|im_end|>\n",), note="Pixtral's tower and Qwen3; image_sizes"),
     Entry(
         name="minicpmv4_6",
+        since="5.23",
         cuttable=False,
         make=minicpm,
         way="cached",  # linear attention: a state goes from token to token

@@ -19,6 +19,9 @@ FORMULA = (
     "is none. Each interval is for one number alone: of twenty differences that are none, one is marked."
 )
 
+WIDEST = 1000
+"""Characters of a line on a terminal, which goes on in the next if it is not as wide."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -106,8 +109,8 @@ def notes(ablation: Ablation) -> list[str]:
 
 
 def print_ablation(ablation: Ablation) -> None:
-    """Both tables on stdout, as wide as they are."""
-    console = Console()
+    """The tables on stdout, as wide as they are: a number that is cut off is lost."""
+    wide, console = Console(width=WIDEST), Console()
     for grid in grids(ablation):
         table = RichTable(title=grid.title, title_justify="left", box=box.SIMPLE, padding=(0, 0), collapse_padding=True)
         table.add_column(grid.heads[0], no_wrap=True)
@@ -115,6 +118,6 @@ def print_ablation(ablation: Ablation) -> None:
             table.add_column(head, justify="right", no_wrap=True)
         for line in grid.lines:
             table.add_row(*line)
-        console.print(table)
+        wide.print(table)
     for note in [*notes(ablation), FORMULA]:
         console.print(note, highlight=False)
