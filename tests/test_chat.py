@@ -368,3 +368,18 @@ def test_pictures_are_given_as_a_processor_takes_them() -> None:
         EncodingError, match=re.escape("Nested does not take this row: as many lists of pictures as texts")
     ):
         processed(Nested(), "x", [PICTURE] * 3)
+
+
+class Starved(ProcessorMixin):
+    """A processor that runs out of pictures, in the manner of transformers 5.17."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, **_: Any) -> dict[str, Any]:
+        raise StopIteration
+
+
+def test_a_processor_that_runs_out_of_pictures_says_so() -> None:
+    with pytest.raises(EncodingError, match="Starved does not take this row: its text has more marks than its 2 pict"):
+        processed(Starved(), "x", [PICTURE, PICTURE])

@@ -123,6 +123,29 @@ def test_a_batch_that_is_too_large_is_halved(embedded: VLM, samples: list[Sample
         list(answers(embedded, make_encoder(embedded), asks, max_new_tokens=8, batch_size=5, decoder=_Scarce(0)))
 
 
+class _Counting:
+    """Tells how many threads there were to answer with."""
+
+    spec = "counting"
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def __call__(self, vlm: VLM, encoder: Encoder, prompts: list[Prompt], max_new_tokens: int) -> torch.Tensor:
+        self.threads.append(torch.get_num_threads())
+        return torch.zeros(len(prompts), 1, dtype=torch.long)
+
+
+def test_a_small_model_answers_on_one_thread(embedded: VLM, samples: list[Sample]) -> None:
+    before, decoder, ask = torch.get_num_threads(), _Counting(), Ask.first_of(samples[0])
+    torch.set_num_threads(2)
+    try:
+        list(answers(embedded, make_encoder(embedded), [ask], max_new_tokens=1, batch_size=1, decoder=decoder))
+        assert (decoder.threads, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_padding_after_the_end_is_not_text(embedded: VLM, samples: list[Sample]) -> None:
     class Ends:
         spec = "ends"

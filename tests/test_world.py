@@ -19,7 +19,9 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from visgain.config import WorldConfig
 from visgain.data import open_dataset
@@ -307,7 +309,8 @@ def test_every_reply_about_a_picture_is_true_of_its_scene(split: str) -> None:
             assert said.answer == expected, said
     talk_of = SPLITS[split]
     assert sum(topics.values()) >= 690  # some rows may have nothing that fits
-    assert (topics["caption"] + topics["notes"] > 50) == (talk_of.captions + talk_of.notes > 0)
+    notes = talk_of.listed if talk_of.lister is talk.notes else 0
+    assert (topics["caption"] + topics["notes"] > 50) == (talk_of.captions + notes > 0)
     assert (topics["existence"] > 5) == (talk_of.existence > 0 or talk.existence in talk_of.visual)
 
 
@@ -612,6 +615,18 @@ def test_the_shares_of_a_split_are_those_it_states() -> None:
 
 def test_every_split_can_be_asked_for() -> None:
     assert set(get_args(get_type_hints(WorldConfig)["split"])) == set(SPLITS)
+
+
+def test_a_blank_model_knows_rows_from_columns_and_how_far_they_are(blank_model: Path) -> None:
+    weights = load_file(blank_model / "model.safetensors")
+    [weight] = [weight for name, weight in weights.items() if name.endswith("position_embedding.weight")]
+    grid = weight[1:].reshape(6, 6, -1)
+    rows, columns = grid.chunk(2, dim=2)
+    assert torch.equal(rows, rows[:, :1].expand_as(rows))
+    assert torch.equal(columns, columns[:1].expand_as(columns))
+    assert grid.std().item() == pytest.approx(2.0, rel=0.01)
+    apart = (columns[0] - columns[0, 0]).norm(dim=1)
+    assert torch.all(apart[1:4] > apart[0:3]), "patches further right are further off"
 
 
 def test_a_bias_outside_of_the_dial_is_refused() -> None:

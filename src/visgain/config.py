@@ -581,15 +581,19 @@ class AblateConfig:
         return tuple(map(int, names))
 
 
+SplitName = Literal[
+    "train", "test", "easy", "align", "notes", "ask", "questions", "relate", "far", "everything", "count"
+]
+"""What the embedded world can draw."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
     """What to draw."""
 
     out: Path
     """Folder for data.json, truth.jsonl and images/."""
-    split: Literal[
-        "train", "test", "easy", "align", "notes", "ask", "questions", "relate", "far", "everything", "count"
-    ] = "train"
+    split: SplitName = "train"
     """train: follows the priors; test: breaks them; the others: no priors, for the embedded model."""
     rows: int = 2000
     """Conversations to draw."""

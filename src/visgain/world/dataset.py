@@ -2,14 +2,14 @@
 
 A split is a folder: data.json (LLaVA format), images/, and truth.jsonl with one object a row:
 {"row", "topics": [...], "keys": [...], "answers": [[[start, end], ...], ...], "things": [...]}, where `answers` gives
-for each answer the character spans of the words that need the picture. A split with notes has no truth.jsonl.
+for each answer the character spans of the words that need the picture. A split with lists (`Split.listed`) has none.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from visgain.world.talk import (
     TEXT_ONLY,
     VISUAL,
     Exchange,
+    Lister,
     Speaker,
     caption,
     colour,
     conversation,
     count,
     existence,
+    far_relations,
     notes,
     place,
     relation,
@@ -50,15 +52,14 @@ class Split:
     text_only: float = 0.0
     existence: float = 0.0
     objects: tuple[int, int] = (1, MAX_OBJECTS)  # fewest and most in a picture
-    notes: float = 0.0  # of rows, which are one list of all objects
-    relations: float = 0.0  # of rows, which ask about every two objects
-    far: bool = False  # of those two, one is in the left column and one in the right
+    lister: Lister = notes
+    listed: float = 0.0  # of rows, which are all that `lister` has to say
     visual: tuple[Speaker, ...] = VISUAL  # what visual conversations are about
 
     @property
     def has_truth(self) -> bool:
-        """Notes come in any order, and what earlier relations imply is not marked: such splits have no ground truth."""
-        return not (self.notes or self.relations)
+        """Notes come in any order, and what relations told before imply is not marked: lists have no ground truth."""
+        return not self.listed
 
     def draw(self, rng: np.random.Generator, scene: Scene, bias: float) -> list[Exchange]:
         """One row's conversation about `scene`."""
@@ -70,13 +71,22 @@ class Split:
         speakers = self.visual
         if share < self.captions + self.common_sense + self.existence:
             speakers = (existence,)
-        elif share > 1 - self.notes and (listed := notes(rng, scene, bias)) is not None:
-            return [listed]
-        elif share > 1 - self.notes - self.relations and (related := relations(rng, scene, self.far)):
-            return related
+        elif share > 1 - self.listed and (listed := self.lister(rng, scene)):
+            return listed
         turns = int(rng.integers(self.turns[0], self.turns[1] + 1))
         return conversation(rng, scene, bias, speakers, turns)
 
+
+EVERYTHING = Split(
+    bias=0.0,
+    captions=0.15,
+    common_sense=0.03,
+    text_only=0.03,
+    existence=0.1,
+    turns=(3, 4),
+    listed=0.05,
+    visual=(*VISUAL, place, count, relation, relation),
+)
 
 SPLITS = {
     # Many exchanges to a picture: the same image tokens teach more.
@@ -89,38 +99,22 @@ SPLITS = {
     # ("relate", "far"), which in a conversation of other questions is asked too seldom, everything once more, and with
     # more to "count".
     "easy": Split(bias=0.0, captions=0.5, common_sense=0.02, text_only=0.02, turns=(1, 1), objects=(1, 1)),
-    "notes": Split(bias=0.0, turns=(1, 1), notes=1.0),
+    "notes": Split(bias=0.0, turns=(1, 1), listed=1.0),
     "ask": Split(
         bias=0.0,
         turns=(2, 4),
-        notes=0.2,
+        listed=0.2,
         visual=(colour, size, place),
     ),
     "questions": Split(
-        bias=0.0, captions=0.15, common_sense=0.03, text_only=0.03, existence=0.1, turns=(3, 4), notes=0.15
+        bias=0.0, captions=0.15, common_sense=0.03, text_only=0.03, existence=0.1, turns=(3, 4), listed=0.15
     ),
-    "relate": Split(bias=0.0, turns=(2, 4), relations=0.85, visual=(place, count), objects=(3, MAX_OBJECTS)),
-    "far": Split(bias=0.0, turns=(1, 2), relations=1.0, far=True, visual=(place,), objects=(2, MAX_OBJECTS)),
-    "everything": Split(
-        bias=0.0,
-        captions=0.15,
-        common_sense=0.03,
-        text_only=0.03,
-        existence=0.1,
-        turns=(3, 4),
-        notes=0.05,
-        visual=(*VISUAL, place, count, relation, relation),
+    "relate": Split(
+        bias=0.0, turns=(2, 4), lister=relations, listed=0.85, visual=(place, count), objects=(3, MAX_OBJECTS)
     ),
-    "count": Split(
-        bias=0.0,
-        captions=0.15,
-        common_sense=0.03,
-        text_only=0.03,
-        existence=0.1,
-        turns=(3, 4),
-        notes=0.05,
-        visual=(*VISUAL, count, count, count, relation),
-    ),
+    "far": Split(bias=0.0, turns=(1, 2), lister=far_relations, listed=1.0, visual=(place,), objects=(2, MAX_OBJECTS)),
+    "everything": EVERYTHING,
+    "count": replace(EVERYTHING, visual=(*VISUAL, count, count, count, relation)),
 }
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import cyclopts
 
-from visgain.config import TrainConfig, WorldConfig
+from visgain.config import SplitName, TrainConfig, WorldConfig
 from visgain.storage import write_json
 from visgain.training.run import run_train
 from visgain.training.save import save_model
@@ -27,7 +27,7 @@ from visgain.world.model import build_blank
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    split: Literal["easy", "align", "notes", "ask", "questions", "relate", "far", "everything", "count"]
+    split: SplitName
     rows: int
     recipe: str
     number: int = 1  # which stage with this split it is: each draws pictures of its own

@@ -172,28 +172,34 @@ def _relation(rng: np.random.Generator, one: Thing, other: Thing, sideways: bool
     return exchange("relation", question, reply, said, [one.kind, other.kind])
 
 
-def relations(rng: np.random.Generator, scene: Scene, far: bool) -> list[Exchange]:
-    """How every two objects stand to each other; with `far`, only objects in the outer columns, and only sideways.
+def relations(rng: np.random.Generator, scene: Scene) -> list[Exchange]:
+    """How every two objects stand to each other."""
+    return _in_any_order(rng, list(itertools.combinations(scene.unique, 2)), sideways=False)
 
-    What earlier turns give away is marked all the same.
-    """
-    pairs = [(a, b) for a, b in itertools.combinations(scene.unique, 2) if not far or abs(a.column - b.column) == 2]
+
+def far_relations(rng: np.random.Generator, scene: Scene) -> list[Exchange]:
+    """Left or right, of every object in the left column and every one in the right."""
+    pairs = [(a, b) for a, b in itertools.combinations(scene.unique, 2) if abs(a.column - b.column) == 2]
+    return _in_any_order(rng, pairs, sideways=True)
+
+
+def _in_any_order(rng: np.random.Generator, pairs: list[tuple[Thing, Thing]], *, sideways: bool) -> list[Exchange]:
     drawn = [[pairs[i][k] for k in rng.permutation(2)] for i in rng.permutation(len(pairs))]
-    return [_relation(rng, one, other, sideways=far) for one, other in drawn]
+    return [_relation(rng, one, other, sideways=sideways) for one, other in drawn]
 
 
-def notes(rng: np.random.Generator, scene: Scene, bias: float) -> Exchange | None:
+def notes(rng: np.random.Generator, scene: Scene) -> list[Exchange]:
     """What there is, the kind first and in any order: the plainest way of asking for what belongs to a kind.
 
     To find an object by the word just before is learned much sooner than to find it by a word in a question. Where the
     list ends depends on the picture, so its words are not marked.
     """
     if not scene.unique:
-        return None
+        return []
     things = [scene.unique[i] for i in rng.permutation(len(scene.unique))]
     question = _pick(rng, "Take notes.", "List what you see.", "Note the objects.")
     listed = "; ".join(f"{t.kind} {t.colour} {t.size} {t.place}" for t in things)
-    return exchange("notes", question, f"{listed}.", mentions=KINDS)
+    return [exchange("notes", question, f"{listed}.", mentions=KINDS)]
 
 
 # ---------------------------------------------------------------- answered from the text alone
@@ -225,6 +231,8 @@ def named_colour(rng: np.random.Generator, scene: Scene, bias: float) -> Exchang
 
 
 Speaker = Callable[[np.random.Generator, Scene, float], Exchange | None]
+Lister = Callable[[np.random.Generator, Scene], list[Exchange]]
+"""All that it has to say of a scene, which may be nothing."""
 
 VISUAL: tuple[Speaker, ...] = (colour, size, place, content, count, existence, relation)
 COMMON_SENSE: tuple[Speaker, ...] = (usual_colour, companion)
