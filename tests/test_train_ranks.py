@@ -285,8 +285,9 @@ def under_deepspeed(
         ("--parallel", "zero2", *ALL_PARTS),
         ("--parallel", "zero3", "--parts", "projector", "--parts", "language"),
         ("--parallel", "zero3", "--lora-rank", 4, "--parts", "projector"),
+        ("--parallel", "zero3", *ALL_PARTS),
     ],
-    ids=["zero2", "zero3", "zero3-lora"],
+    ids=["zero2", "zero3", "zero3-lora", "zero3-vision"],
 )
 def test_a_model_sharded_by_deepspeed_trains_as_one_process_does(
     flags: Any, train: Callable[..., Path], mixed: Path, under_deepspeed: Callable[..., Path], blank_model: Path

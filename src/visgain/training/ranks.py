@@ -13,16 +13,17 @@ from visgain.errors import VisgainError
 T = TypeVar("T")
 
 
-def from_first(make: Callable[[], T]) -> T:
+def from_first(make: Callable[[], T], *, everywhere: bool = False) -> T:
     """What `make` gives in the first process, for all of them.
 
-    If it raises a VisgainError there, that process raises it, and the others end without a word.
+    If it raises a VisgainError there, that process raises it, and the others end without a word. With `everywhere` the
+    others run it too, for what else it does, and whatever it gives or raises there is of no account.
     """
     if not distributed.is_initialized():
         return make()
     is_first = distributed.get_rank() == 0
     made: list[T | VisgainError | None] = [None]
-    if is_first:
+    if is_first or everywhere:
         try:
             made = [make()]
         except VisgainError as error:

@@ -242,7 +242,10 @@ class SelectiveTrainer(CheckpointedTrainer):
                     image_token_id=self.tokens.image,
                     pad_id=self.tokens.pad,
                     precision=self.accelerator.autocast,
-                )
+                ),
+                # In its first forward transformers hangs hooks onto a model. DeepSpeed hangs its own up later, and
+                # compares the order in which all ranks run them.
+                everywhere=self.is_deepspeed_enabled,
             )
         self._tell(choice)
         return choice.way
