@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import pickle
@@ -281,7 +282,8 @@ def test_every_shim_stands_alone() -> None:
     for path in folder.glob("*.py"):
         if path.stem != "__init__":
             source = shim_source(path.stem)
-            compile(source, path.name, "exec")
+            defined = [node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+            assert len(defined) == len(set(defined)), "another shim is there twice"
             assert "visgain.export" not in source
             assert source.count("from __future__") == 1
 

@@ -21,7 +21,7 @@ from visgain.export.masks import open_masks
 from visgain.export.pictures import picture_paths
 from visgain.export.rows import KeptRow, Selected
 from visgain.export.shim import write_shim
-from visgain.export.shims.llava import record_key
+from visgain.export.shims.llava_labels import record_key
 from visgain.storage import atomic_path
 from visgain.types import IMAGE_MARK, Sample
 

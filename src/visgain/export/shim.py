@@ -14,9 +14,19 @@ _DOCSTRING = re.compile(r'\A""".*?"""\n', re.S)
 
 
 def shim_source(name: str) -> str:
-    """The source of shims/NAME.py, in which a line that imports from another shim has become that shim."""
+    """The source of shims/NAME.py, in which the first line that imports from another shim has become that shim."""
+    return _joined(name, set())
+
+
+def _joined(name: str, there: set[str]) -> str:
+    def in_place(found: re.Match[str]) -> str:
+        if found[1] in there:
+            return ""
+        there.add(found[1])
+        return _body(_joined(found[1], there))
+
     source = (files("visgain.export") / "shims" / f"{name}.py").read_text(encoding="utf-8")
-    return _IMPORT.sub(lambda found: _body(shim_source(found[1])), source)
+    return _IMPORT.sub(in_place, source)
 
 
 def _body(source: str) -> str:
