@@ -13,8 +13,8 @@ float32.
     packs, full logits     conversations side by side without padding; logits of all tokens
     packs, active head     ours: both
     TRL                    padded, TRL 1.16's loss in chunks, as its SFTTrainer computes it ("nll", formerly
-                           "chunked_nll"); with --trl-python, a Python that has trl beside what runs this
-                           (tests/test_export_trl.py makes one)
+                           "chunked_nll"); with --trl-python, a Python that has trl (tests/test_export_trl.py
+                           makes one, in .venv/environments)
 
 Every way must give the same gradients. CPU seconds are of this process on one thread; peak memory is above what is
 there before the step, gradients and weights not included. The memory of the loss alone is that of going from final
@@ -28,9 +28,11 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -271,10 +273,20 @@ def _tell(name: str, one: Cost, base: Cost, error: str) -> None:
     print(f"{name:26}{one.cpu:>8.1f}{one.peak:>10.0f}{times:>7}{less:>8}{error:>16}", flush=True)
 
 
+_BESIDE = """\
+import os, runpy, sys
+sys.path += os.environ["BESIDE"].split(os.pathsep)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script with what TRL's Python has, and of ours what it lacks."""
+
+
 def _trl_cost(python: str, shape: str, *numbers: int) -> Cost:
     """TRL's step by a Python that has it: this file once more, on the same rows and weights."""
-    command = [python, __file__, "--as-trl", shape, *map(str, numbers)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
+    command = [python, "-c", _BESIDE, __file__, "--as-trl", shape, *map(str, numbers)]
+    folders = [str(Path(__file__).parent), str(REPOSITORY / "src"), sysconfig.get_path("purelib")]
+    environment = {**os.environ, "BESIDE": os.pathsep.join(folders)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{python} cannot run TRL's step: {done.stderr.strip().splitlines()[-1]}")
