@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import tiny_run
 from visgain import storage
-from visgain.config import ExportConfig, SelectConfig
+from visgain.config import ExportConfig
 from visgain.data import open_dataset
 from visgain.errors import DataError, StorageError, UnknownName
 from visgain.export import EXPORTERS, Exporter
@@ -31,31 +31,16 @@ from visgain.export.rows import Selected, open_selected
 from visgain.export.run import RECORD, run_export
 from visgain.export.shim import shim_source
 from visgain.export.shims.masks import IGNORED, MaskError, Masks, content_key
-from visgain.selection import run_select
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> ExportConfig:
-    """A dataset, its scores, a selection, and the options that export it."""
-    folder = tmp_path_factory.mktemp("export")
-    data = tiny_run.write_dataset(folder / "data")
-    tiny_run.write_scores(folder / "scores", data)
-    run_select(SelectConfig(scores=folder / "scores", out=folder / "selection"))
-    return ExportConfig(selection=folder / "selection", data=data, to="hf", out=folder / "out")
+    return tiny_run.to_export(tmp_path_factory.mktemp("export"), "hf")
 
 
 @pytest.fixture(scope="module")
 def soft(made: ExportConfig, tmp_path_factory: pytest.TempPathFactory) -> ExportConfig:
-    """The same with soft weights."""
-    folder = tmp_path_factory.mktemp("soft")
-    scores = made.selection.parent / "scores"
-    run_select(SelectConfig(scores=scores, out=folder / "selection", weights="clamp:low=1,high=5,window=3"))
-    return replace(made, selection=folder / "selection", out=folder / "out")
-
-
-def chosen(config: ExportConfig) -> list[dict[str, Any]]:
-    """The rows of the selection, as the file has them."""
-    return storage.read_selection_table(config.selection).to_pylist()
+    return tiny_run.softened(made, tmp_path_factory.mktemp("soft"))
 
 
 def masks_of(config: ExportConfig, out: Path) -> Masks:
@@ -82,9 +67,9 @@ def supervised(token_id: list[int], before: int = 3, after: int = 2) -> torch.Te
 
 def test_rows_come_in_order_with_their_samples_and_masks(made: ExportConfig) -> None:
     rows = list(open_selected(made))
-    assert [kept.row for kept in rows] == [row["row"] for row in chosen(made)]
+    assert [kept.row for kept in rows] == [row["row"] for row in tiny_run.selected(made)]
     assert [kept.index for kept in rows] == list(range(len(rows)))
-    for kept, row in zip(rows, chosen(made), strict=True):
+    for kept, row in zip(rows, tiny_run.selected(made), strict=True):
         assert kept.sample.id == row["id"]
         assert kept.token_id.tolist() == row["token_id"]
         assert kept.keep.tolist() == row["keep"]
@@ -92,7 +77,7 @@ def test_rows_come_in_order_with_their_samples_and_masks(made: ExportConfig) -> 
 
 
 def test_soft_weights_come_along(soft: ExportConfig) -> None:
-    rows = chosen(soft)
+    rows = tiny_run.selected(soft)
     assert len({weight for row in rows for weight in row["weight"]}) > 3
     assert [kept.weight.tolist() for kept in open_selected(soft)] == [row["weight"] for row in rows]
 
@@ -125,7 +110,7 @@ def test_an_empty_selection_is_refused(made: ExportConfig, tmp_path: Path) -> No
 
 
 def test_masks_read_back_as_the_selection_has_them(made: ExportConfig, tmp_path: Path) -> None:
-    masks, rows = masks_of(made, tmp_path), chosen(made)
+    masks, rows = masks_of(made, tmp_path), tiny_run.selected(made)
     assert len(masks) == len(rows)
     for index, row in enumerate(rows):
         for mask in (masks.at(index), masks.of(row["row"])):
@@ -137,7 +122,7 @@ def test_masks_read_back_as_the_selection_has_them(made: ExportConfig, tmp_path:
 
 def test_masks_are_what_safetensors_reads(soft: ExportConfig, tmp_path: Path) -> None:
     masks_of(soft, tmp_path)
-    columns, rows = load_file(tmp_path / MASKS), chosen(soft)
+    columns, rows = load_file(tmp_path / MASKS), tiny_run.selected(soft)
     assert columns["row"].tolist() == [row["row"] for row in rows]
     assert columns["token_id"].tolist() == [token for row in rows for token in row["token_id"]]
     assert columns["keep"].tolist() == [keep for row in rows for keep in row["keep"]]
@@ -187,14 +172,14 @@ def test_masks_travel_to_loader_processes(made: ExportConfig, tmp_path: Path) ->
 
 def test_exactly_the_kept_tokens_keep_their_label(made: ExportConfig, tmp_path: Path) -> None:
     masks = masks_of(made, tmp_path)
-    for index, row in enumerate(chosen(made)):
+    for index, row in enumerate(tiny_run.selected(made)):
         labels = masks.labels(masks.at(index), supervised(row["token_id"]))
         active = [token if keep else IGNORED for token, keep in zip(row["token_id"], row["keep"], strict=True)]
         assert labels.tolist() == supervised(active).tolist()
 
 
 def test_it_does_not_matter_where_the_labels_stand(made: ExportConfig, tmp_path: Path) -> None:
-    masks, row = masks_of(made, tmp_path), chosen(made)[0]
+    masks, row = masks_of(made, tmp_path), tiny_run.selected(made)[0]
     spread = torch.full((4 * len(row["token_id"]),), IGNORED)
     spread[1::4] = torch.tensor(row["token_id"])
     labels = masks.labels(masks.at(0), spread)
@@ -205,7 +190,7 @@ def test_it_does_not_matter_where_the_labels_stand(made: ExportConfig, tmp_path:
 def test_a_row_that_is_cut_keeps_the_mask_of_what_is_left(
     made: ExportConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    masks, row = masks_of(made, tmp_path), chosen(made)[0]
+    masks, row = masks_of(made, tmp_path), tiny_run.selected(made)[0]
     for _ in range(2):
         labels = masks.labels(masks.at(0), supervised(row["token_id"][:4]))
         assert (labels != IGNORED).tolist() == [False] * 3 + row["keep"][:4] + [False] * 2
@@ -218,7 +203,7 @@ def test_a_row_that_is_cut_keeps_the_mask_of_what_is_left(
 def test_the_first_difference_stops_and_says_row_place_both_ids_and_what_to_do(
     made: ExportConfig, tmp_path: Path
 ) -> None:
-    masks, row = masks_of(made, tmp_path), chosen(made)[1]
+    masks, row = masks_of(made, tmp_path), tiny_run.selected(made)[1]
     other = list(row["token_id"])
     other[2], other[4] = 7, 8
     masks.decode = lambda ids: f"word{ids[0]}"
@@ -231,7 +216,7 @@ def test_the_first_difference_stops_and_says_row_place_both_ids_and_what_to_do(
 
 
 def test_more_labels_than_were_scored_stop(made: ExportConfig, tmp_path: Path) -> None:
-    masks, row = masks_of(made, tmp_path), chosen(made)[0]
+    masks, row = masks_of(made, tmp_path), tiny_run.selected(made)[0]
     n = len(row["token_id"])
     with pytest.raises(MaskError, match=f"{n + 1} labels are supervised, and {n} were scored; the first too many is 5"):
         masks.labels(masks.at(0), supervised([*row["token_id"], 5]))
@@ -273,7 +258,7 @@ def test_a_shim_is_one_file_that_needs_torch_and_the_standard_library_alone(made
         [sys.executable, "-c", code], cwd=tmp_path / "out", capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    rows = chosen(made)
+    rows = tiny_run.selected(made)
     assert done.stdout.strip() == f"{len(rows)} {rows[0]['token_id']}"
 
 
@@ -298,7 +283,7 @@ def test_every_exporter_follows_the_protocol() -> None:
 
 def test_the_record_says_what_was_exported_and_is_complete_at_the_end(made: ExportConfig, tmp_path: Path) -> None:
     done = run_export(replace(made, out=tmp_path / "out"))
-    record, rows = json.loads((tmp_path / "out" / RECORD).read_text()), chosen(made)
+    record, rows = json.loads((tmp_path / "out" / RECORD).read_text()), tiny_run.selected(made)
     assert record["complete"] is True
     assert record["to"] == "hf"
     assert record["rows"] == done.rows == len(rows)

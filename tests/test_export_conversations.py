@@ -18,38 +18,25 @@ import yaml
 
 import tiny_run
 from visgain import storage
-from visgain.config import ExportConfig, SelectConfig
+from visgain.config import ExportConfig
 from visgain.errors import ConfigError
 from visgain.export.masks import MASKS, write_masks
 from visgain.export.rows import open_selected
 from visgain.export.run import run_export
 from visgain.export.shims import llama_factory, swift
 from visgain.export.shims.masks import IGNORED, MaskError, Masks
-from visgain.selection import run_select
 
 TRAINERS = ("llama-factory", "ms-swift")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> ExportConfig:
-    """A dataset, its scores, a selection, and the options that export it."""
-    folder = tmp_path_factory.mktemp("export")
-    data = tiny_run.write_dataset(folder / "data")
-    tiny_run.write_scores(folder / "scores", data)
-    run_select(SelectConfig(scores=folder / "scores", out=folder / "selection"))
-    return ExportConfig(selection=folder / "selection", data=data, to="llama-factory", out=folder / "out")
+    return tiny_run.to_export(tmp_path_factory.mktemp("export"), "llama-factory")
 
 
 @pytest.fixture(scope="module")
 def soft(made: ExportConfig, tmp_path_factory: pytest.TempPathFactory) -> ExportConfig:
-    """The same with soft weights."""
-    out = tmp_path_factory.mktemp("soft")
-    run_select(SelectConfig(scores=made.selection.parent / "scores", out=out, weights="clamp:low=1,high=5,window=3"))
-    return replace(made, selection=out)
-
-
-def chosen(config: ExportConfig) -> list[dict[str, Any]]:
-    return storage.read_selection_table(config.selection).to_pylist()
+    return tiny_run.softened(made, tmp_path_factory.mktemp("soft"))
 
 
 def exported(config: ExportConfig, to: str, out: Path) -> list[dict[str, Any]]:
@@ -89,8 +76,8 @@ def test_the_table_holds_the_kept_rows_with_their_turns_and_pictures(
     made: ExportConfig, tmp_path: Path, to: str
 ) -> None:
     data, rows = json.loads(made.data.read_text()), exported(made, to, tmp_path)
-    assert len(rows) == len(chosen(made))
-    for row, kept in zip(rows, chosen(made), strict=True):
+    assert len(rows) == len(tiny_run.selected(made))
+    for row, kept in zip(rows, tiny_run.selected(made), strict=True):
         record = data[kept["row"]]
         images = record.get("image", [])
         names = [images] if isinstance(images, str) else images
@@ -176,7 +163,7 @@ def tokenised(tools: str, labels: list[int], masks: Masks) -> tuple[list[int], l
 def test_llama_factorys_labels_are_held_to_the_row_that_its_tools_name(made: ExportConfig, tmp_path: Path) -> None:
     rows = exported(made, "llama-factory", tmp_path)
     masks = Masks(tmp_path / MASKS)
-    for row, kept in zip(rows, chosen(made), strict=True):
+    for row, kept in zip(rows, tiny_run.selected(made), strict=True):
         ids, labels, tools = tokenised(row["visgain"], supervised(kept["token_id"]), masks)
         assert labels == supervised(active(kept))
         assert (ids, tools) == ([7] * len(labels), "")
@@ -195,7 +182,7 @@ def test_rows_of_other_datasets_keep_labels_and_tools(made: ExportConfig, tmp_pa
 
 
 def test_another_template_stops_llama_factory(made: ExportConfig, tmp_path: Path) -> None:
-    kept = chosen(made)[1]
+    kept = tiny_run.selected(made)[1]
     drifted = [kept["token_id"][0] + 1, *kept["token_id"][1:]]
     with pytest.raises(MaskError, match=f"row {kept['row']}: supervised label 0 "):
         tokenised(llama_factory.row_text(kept["row"]), supervised(drifted), masks_of(made, tmp_path))
@@ -216,7 +203,7 @@ def test_tokenisation_takes_its_own_options_alone_and_never_a_cache() -> None:
 
 def test_what_did_not_arrive_is_counted(made: ExportConfig, tmp_path: Path) -> None:
     masks = masks_of(made, tmp_path)
-    total = sum(sum(row["keep"]) for row in chosen(made))
+    total = sum(sum(row["keep"]) for row in tiny_run.selected(made))
     assert llama_factory.summary(masks, len(masks), total) == (
         f"{total} of {total} selected tokens carry loss, in {len(masks)} of {len(masks)} rows"
     )
@@ -256,7 +243,7 @@ def messages(row: int | None) -> SimpleNamespace:
 def test_the_plugin_holds_labels_to_the_row_that_an_answer_names(made: ExportConfig, tmp_path: Path) -> None:
     rows = exported(made, "ms-swift", tmp_path)
     kind = template_class(Masks(tmp_path / MASKS))
-    for row, kept in zip(rows, chosen(made), strict=True):
+    for row, kept in zip(rows, tiny_run.selected(made), strict=True):
         template = kind({"labels": supervised(kept["token_id"]), "loss_scale": None})
         encoded = template._encode_truncated(SimpleNamespace(messages=row["messages"]))
         assert encoded == {"labels": supervised(active(kept)), "loss_scale": None}
@@ -271,7 +258,7 @@ def test_ms_swift_cannot_take_a_rows_number_for_a_weight(made: ExportConfig, tmp
 
 
 def test_soft_weights_are_told_in_units_of_their_mean(soft: ExportConfig, tmp_path: Path) -> None:
-    masks, rows = masks_of(soft, tmp_path), chosen(soft)
+    masks, rows = masks_of(soft, tmp_path), tiny_run.selected(soft)
     kind = template_class(masks)
     weights = [weight for row in rows for weight in row["weight"] if weight]
     mean = sum(weights) / len(weights)
@@ -292,11 +279,11 @@ def test_rows_of_other_datasets_weigh_one(kind: str, request: pytest.FixtureRequ
 
 def test_what_is_not_trained_on_is_left_alone(made: ExportConfig, tmp_path: Path) -> None:
     template = template_class(masks_of(made, tmp_path))
-    assert template({"labels": None})._encode_truncated(messages(chosen(made)[0]["row"])) == {"labels": None}
+    assert template({"labels": None})._encode_truncated(messages(tiny_run.selected(made)[0]["row"])) == {"labels": None}
 
 
 def test_no_exception_of_ours_can_be_caught_by_ms_swift(made: ExportConfig, tmp_path: Path) -> None:
-    kept = chosen(made)[0]
+    kept = tiny_run.selected(made)[0]
     template = template_class(masks_of(made, tmp_path))
     with pytest.raises(SystemExit, match=f"visgain: row {kept['row']}: supervised label 1 "):
         template({"labels": [*kept["token_id"][:1], 10**6]})._encode_truncated(messages(kept["row"]))
@@ -338,6 +325,6 @@ def test_the_plugin_takes_effect_by_being_imported(
     assert spec is not None
     assert spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    kept = chosen(made)[0]
+    kept = tiny_run.selected(made)[0]
     encoded = kind({"labels": supervised(kept["token_id"])})._encode_truncated(messages(kept["row"]))
     assert encoded["labels"] == supervised(active(kept))

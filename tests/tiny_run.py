@@ -14,7 +14,9 @@ import pyarrow as pa
 from PIL import Image
 
 from visgain import storage
+from visgain.config import ExportConfig, SelectConfig
 from visgain.data import open_dataset
+from visgain.selection import run_select
 from visgain.types import Sample, Skipped, TokenScores
 
 EVIL = "<script>alert('x')</script> & \"red\""
@@ -142,3 +144,23 @@ def write_selection(folder: Path, scored: list[TokenScores], tau: float) -> None
     table = pa.Table.from_pylist(kept, schema=storage.SELECTION_SCHEMA)
     record = {"rule": "sample+token", "keep_percent": 70.0, "tau": tau, "token_tau": tau}
     storage.write_selection(folder, [table], record)
+
+
+def to_export(folder: Path, to: str) -> ExportConfig:
+    """A dataset, its scores, a selection, and the options that export it."""
+    data = write_dataset(folder / "data")
+    write_scores(folder / "scores", data)
+    run_select(SelectConfig(scores=folder / "scores", out=folder / "selection"))
+    return ExportConfig(selection=folder / "selection", data=data, to=to, out=folder / "out")
+
+
+def softened(config: ExportConfig, folder: Path) -> ExportConfig:
+    """What `to_export` made, with soft weights."""
+    scores = config.selection.parent / "scores"
+    run_select(SelectConfig(scores=scores, out=folder / "selection", weights="clamp:low=1,high=5,window=3"))
+    return replace(config, selection=folder / "selection", out=folder / "out")
+
+
+def selected(config: ExportConfig) -> list[dict[str, Any]]:
+    """The rows of the selection, as the file has them."""
+    return storage.read_selection_table(config.selection).to_pylist()
