@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,12 @@ from visgain.errors import ModelError, VisgainError
 from visgain.scoring.draft import draft_error, read_draft
 from visgain.scoring.run import run_score
 from visgain.storage import read_json, read_scores
-from visgain.vlm.float8 import Float8Linear, make_draft, rounded
+from visgain.vlm.float8 import Float8Linear, make_draft, multiplies, rounded
 from visgain.world.dataset import write_world
+
+needs_products = pytest.mark.skipif(
+    not multiplies(torch.device("cpu")), reason=f"torch {torch.__version__} has no float8 products on a CPU"
+)
 
 
 def test_rounding_keeps_each_row_within_float8s_precision() -> None:
@@ -30,6 +35,7 @@ def test_rounding_keeps_each_row_within_float8s_precision() -> None:
     assert ((eight.float() * scale - values).abs() <= values.abs() / 16 + largest / 448 * 2**-9).all()
 
 
+@needs_products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_multiplies_what_was_rounded(dtype: torch.dtype, bias: bool) -> None:
@@ -44,6 +50,7 @@ def test_a_layer_multiplies_what_was_rounded(dtype: torch.dtype, bias: bool) -> 
     )
 
 
+@needs_products
 def test_a_token_does_not_depend_on_its_neighbours() -> None:
     layer = Float8Linear(nn.Linear(64, 48))
     states = torch.randn(1, 5, 64)
@@ -52,6 +59,7 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:
     torch.testing.assert_close(layer(louder)[0, 0], layer(states)[0, 0])
 
 
+@needs_products
 def test_a_draft_leaves_vision_and_the_head_alone() -> None:
     model = llava_next().model
     n_linear = sum(type(m) is nn.Linear for m in model.model.language_model.modules())
@@ -61,6 +69,7 @@ def test_a_draft_leaves_vision_and_the_head_alone() -> None:
     assert not any(isinstance(m, Float8Linear) for m in model.model.multi_modal_projector.modules())
 
 
+@needs_products
 def test_a_model_without_fitting_layers_is_refused() -> None:
     model = llava_next().model
     for layer in model.model.language_model.modules():
@@ -68,6 +77,17 @@ def test_a_model_without_fitting_layers_is_refused() -> None:
             layer.in_features = 17
     with pytest.raises(ModelError, match="multiples of 16"):
         make_draft(model)
+
+
+def test_a_device_without_float8_products_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: object, **kwargs: object) -> None:
+        raise NotImplementedError("Could not run 'aten::_scaled_mm_v2' with arguments from the 'CPU' backend.")
+
+    monkeypatch.setattr("visgain.vlm.float8.scaled_mm", missing)
+    with pytest.raises(
+        ModelError, match=rf"torch {re.escape(torch.__version__)} does not .* this CPU; use --dtype auto"
+    ):
+        make_draft(llava_next().model)
 
 
 def test_the_comparison_counts_by_hand() -> None:
@@ -90,6 +110,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(WorldConfig(out=tmp_path_factory.mktemp("draft") / "world", rows=12, seed=3))
 
 
+@needs_products
 def test_a_draft_run_is_rough_and_says_how(world: Path, tmp_path: Path) -> None:
     run_score(ScoreConfig(model="embedded", data=world, out=tmp_path / "exact", workers=0))
     run_score(ScoreConfig(model="embedded", data=world, out=tmp_path / "draft", dtype="float8", workers=0))

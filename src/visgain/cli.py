@@ -275,14 +275,15 @@ def env() -> None:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
+    import torch
+
     print(f"visgain {visgain.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for package in ("torch", "transformers", "accelerate", "peft", "tokenizers", "pyarrow", "numpy", "pillow"):
+    print(f"torch {torch.__version__}")  # with what it was built for
+    for package in ("transformers", "accelerate", "peft", "tokenizers", "pyarrow", "numpy", "pillow"):
         try:
             print(f"{package} {version(package)}")
         except PackageNotFoundError:
             print(f"{package} not installed")
-    import torch
-
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"devices: {', '.join(names) or 'cpu'}; {os.cpu_count()} logical cores, {torch.get_num_threads()} threads")
 

@@ -60,14 +60,30 @@ def rounded(values: Float[Tensor, "n k"]) -> tuple[Tensor, Tensor]:
     return (values / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
 
 
+def multiplies(device: torch.device) -> bool:
+    """Whether there are float8 products on `device`: GPUs before 2022 have none, nor has PyTorch 2.11 on CPUs."""
+    layer = nn.Linear(MULTIPLE, MULTIPLE, device=device, dtype=torch.bfloat16)
+    try:
+        Float8Linear(layer)(torch.ones(MULTIPLE, MULTIPLE, device=device, dtype=torch.bfloat16))
+    except RuntimeError:  # of many kinds
+        return False
+    return True
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}"
+
+
 def make_draft(model: PreTrainedModel) -> int:
     """Replace the linear layers of the language part, its head apart, in place; returns how many there were.
 
     Raises ModelError if the device has no float8 products, or none of the layers has a size that they take.
     """
-    device = torch.device(model.device)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ModelError(f"{torch.cuda.get_device_name(device)} has no float8 arithmetic; use --dtype auto")
+    if not multiplies(model.device):
+        raise ModelError(
+            f"--dtype float8: torch {torch.__version__} does not multiply float8 on {_name(model.device)}; "
+            "use --dtype auto"
+        )
     head = model.get_output_embeddings()
     done: set[int] = set()
     for part in part_modules(model, "language"):
