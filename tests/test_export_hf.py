@@ -263,6 +263,7 @@ def test_a_step_without_any_label_is_a_loss_of_zero() -> None:
 
 
 @pytest.mark.slow
+@masks_of_answers
 def test_two_processes_train_as_one(folder: Path, export: Callable[..., Any]) -> None:
     """A step of all kept rows, with weights: its loss and the weights after it do not depend on who computed what."""
     rows = export(SOFT)

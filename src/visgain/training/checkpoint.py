@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import float32, nn
+from torch.serialization import STORAGE, register_package
 from transformers import PreTrainedModel, Trainer
 
 from visgain.errors import StorageError
@@ -18,6 +19,14 @@ BESIDE_ADAPTER = "trained.safetensors"
 PROGRESS = "visgain.json"
 """In a checkpoint: the number of active tokens so far. Written when every rank has written its files, so a checkpoint
 without it is not complete."""
+
+
+def _stays_on_cpu(storage: STORAGE, location: str) -> STORAGE | None:
+    return storage if location.startswith("cpu:") else None
+
+
+# Accelerate calls the device of a rank on a CPU "cpu:0", which torch 2.11 does not know when it loads an optimiser.
+register_package(100, lambda storage: None, _stays_on_cpu)
 
 
 def last_checkpoint(out: Path) -> Path | None:
