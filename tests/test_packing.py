@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from naive import SIZES, About, built, encoded, fitting
 from visgain.errors import EncodingError, ModelError
 from visgain.training import packing
-from visgain.training.collate import TrainingRow
+from visgain.training.collate import Outline, Rows, TrainingRow
+from visgain.training.known import KnownRows
 from visgain.training.packing import (
     MUTUAL,
     PACKED,
@@ -27,6 +28,7 @@ from visgain.training.packing import (
     WHOLE,
     Choice,
     Way,
+    body_nll,
     choose_way,
     cut,
     go_together,
@@ -288,6 +290,62 @@ def test_a_model_that_no_way_agrees_with_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(packing, "TOLERANCE", {torch.float32: -1.0})
     with pytest.raises(ModelError, match=r"no way of training agrees .*packed: off by .*whole: off by"):
         choose_way(vlm.model, rows, **ids_of(vlm))
+
+
+def test_a_way_that_gives_no_numbers_is_not_taken() -> None:
+    vlm, rows = built("llava"), rows_of("llava")
+
+    def lost(*args) -> Tensor:
+        return body_nll(*args) * torch.nan
+
+    found = choose_way(vlm.model, rows, [replace(PACKED, nll=lost), PADDED], **ids_of(vlm))
+    assert found.way is PADDED
+    assert found.rejected["packed"] == "off by inf nats"
+
+
+def test_a_model_that_gives_no_numbers_is_refused() -> None:
+    vlm, rows = ZOO["llava"].build(), rows_of("llava")
+    vlm.model.model.language_model.norm.weight.data[:] = torch.nan
+    with pytest.raises(ModelError, match="gives no answer token that was tried a finite loss; are its weights damaged"):
+        choose_way(vlm.model, rows, **ids_of(vlm))
+
+
+class Drawn(Rows):
+    """Rows whose number is their length and of which some have a picture."""
+
+    def __init__(self, n: int, pictures: set[int]) -> None:
+        self.n, self.pictures = n, pictures
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> TrainingRow:
+        return row_of(index + 2, (3, 4, 4) if index in self.pictures else None)
+
+    def outline(self, index: int) -> Outline:
+        return Outline(int(index in self.pictures), index)
+
+
+@pytest.mark.parametrize(
+    ("n", "pictures", "expected"),
+    [
+        (1, set(), [0, 0]),
+        (10, set(), [0, 9, 0]),
+        (10, {7}, [7, 0, 9, 7]),
+        (10, {3, 4, 8}, [3, 4, 8, 0, 9, 3]),
+        (5_000, {4_999}, [4999, 0, 4980, 4999]),
+        (5_000, set(range(300, 5_000)), [312, 2656, 4980, 0, 292, 312]),
+    ],
+    ids=["one", "text", "one picture", "some", "the last alone", "text first"],
+)
+def test_rows_with_and_without_pictures_are_tried_wherever_they_are(
+    n: int, pictures: set[int], expected: list[int]
+) -> None:
+    """And at least two of a kind, side by side."""
+    known = KnownRows(Drawn(n, pictures))
+    assert [len(row.encoded.input_ids) - 2 for row in known.probes()] == expected
+    assert bool(known.silent.encoded.n_image_tokens) == bool(pictures)
+    assert not known.silent.weight.any()
 
 
 # ---------------------------------------------------------------- cutting

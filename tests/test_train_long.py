@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
 from visgain.config import TrainConfig
-from visgain.errors import ConfigError
+from visgain.errors import ConfigError, StorageError, TrainingError
 from visgain.training import run as training
 from visgain.training.arguments import PARALLEL, parallel_names, training_arguments
 from visgain.training.prepare import prepare_model, set_precision, shard_by_layer
@@ -98,6 +99,75 @@ def test_one_that_ends_within_a_checkpoint_goes_on_from_the_one_before_as_if_not
     assert furthest(tmp_path / "whole", config.out) <= 1e-7
     assert log(config.out) == log(tmp_path / "whole")
     assert [line["step"] for line in log(config.out)] == [1, 2, 3, 4, 5]
+
+
+def test_one_that_ends_after_its_last_checkpoint_takes_no_further_step(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within an epoch: the small world has 60 rows."""
+    config = replace(config, max_steps=4, save_steps=2)
+    whole = run_train(replace(config, out=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_model", lambda *args: (_ for _ in ()).throw(StorageError("no space left")))
+        with pytest.raises(StorageError, match="no space left"):
+            run_train(config)
+    resumed = run_train(config)
+    assert replace(resumed, seconds=0) == replace(whole, seconds=0)
+    assert furthest(tmp_path / "whole", config.out) <= 1e-7
+    assert log(config.out) == log(tmp_path / "whole")
+
+
+def test_a_resumed_training_took_the_seconds_of_all_its_starts(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 100))
+    monkeypatch.setattr("visgain.training.checkpoint.time.monotonic", lambda: next(clock))
+    config = replace(config, save_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_model", lambda *args: (_ for _ in ()).throw(StorageError("no space left")))
+        with pytest.raises(StorageError, match="no space left"):
+            run_train(config)
+    before = json.loads((config.out / "checkpoints/checkpoint-2/visgain.json").read_text())["seconds"]
+    assert before >= 200, "two checkpoints after the start"
+    assert run_train(config).seconds >= before + 100
+
+
+def test_a_model_whose_file_is_gone_is_written_again(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, save_steps=2)
+    whole = run_train(config)
+    (config.out / "model.safetensors").rename(tmp_path / "model.safetensors")
+    again = run_train(config)
+    assert replace(again, seconds=0) == replace(whole, seconds=0)
+    assert furthest(tmp_path, config.out) == 0
+
+
+def test_what_costs_only_time_and_memory_may_change_when_it_goes_on(config: TrainConfig) -> None:
+    first = run_train(config)
+    recipe = asdict(resolve_recipe(config))
+    for name, value in {"gradient_checkpointing": True, "workers": 1, "save_steps": 7}.items():
+        path = config.out.with_name("changed.yaml")
+        path.write_text(yaml.safe_dump({**recipe, "parts": list(recipe["parts"]), name: value}))
+        assert run_train(replace(config, recipe=str(path))) == first, name
+
+
+def test_a_folder_with_somebody_elses_model_is_left_alone(config: TrainConfig, blank_model: Path) -> None:
+    before = (blank_model / "model.safetensors").read_bytes()
+    with pytest.raises(StorageError, match="holds a model that no training of ours has put there; use another --out"):
+        run_train(replace(config, out=blank_model))
+    assert (blank_model / "model.safetensors").read_bytes() == before
+    assert not (blank_model / "run.json").exists()
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e12])
+def test_a_training_that_diverges_stops_and_saves_nothing(rate: float, config: TrainConfig) -> None:
+    config = replace(config, learning_rate=rate, max_steps=20, save_steps=1)
+    with pytest.raises(TrainingError, match=r"diverged: .*(nan|inf).* at step \d+; no model was saved. Lower --learn"):
+        run_train(config)
+    assert not (config.out / "model.safetensors").exists()
+    for line in (config.out / "log.jsonl").read_text().splitlines():
+        assert all(np.isfinite(value) for value in json.loads(line).values())
+    for path in config.out.glob("checkpoints/*/model.safetensors"):
+        assert all(bool(weight.isfinite().all()) for weight in load_file(path).values())
 
 
 def test_every_step_is_logged_with_what_one_wants_to_see(config: TrainConfig) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 
 from visgain.config import ScoreConfig, SelectConfig, TrainConfig
 from visgain.data import open_dataset
-from visgain.errors import DataError, StorageError
+from visgain.errors import ConfigError, DataError, StorageError
 from visgain.scoring.run import run_score
 from visgain.selection import run_select
 from visgain.storage import read_selection_table, write_selection
@@ -287,6 +287,39 @@ def test_another_tokenisation_than_the_scored_one_is_refused(
     rows = SelectedRows(open_dataset(small_world / "data.json"), make_encoder(vlm), table, end_of_turn="score")
     with pytest.raises(DataError, match="answer tokens differ"):
         rows[0]
+
+
+def test_rows_that_cannot_be_trained_on_are_told(
+    blank_model: Path, small_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads((small_world / "data.json").read_text())[:8]
+    for k in (1, 2, 5, 6):
+        rows[k]["conversations"] = []
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    config = train_config(blank_model, small_world, tmp_path / "out", image_root=small_world, max_steps=1)
+    done = run_train(replace(config, data=tmp_path / "data.json"))
+    assert done.rows == 4
+    told = capsys.readouterr().err
+    assert "4 of 8 rows cannot be trained on and are left out (row 1: " in told
+    assert "row 5: " in told
+    assert "; and 1 more)" in told
+    rows = [{**row, "conversations": []} for row in rows]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"no row of .*data.json can be trained on \(row 0: "):
+        run_train(replace(config, data=tmp_path / "data.json", out=tmp_path / "none"))
+
+
+def test_rows_are_cut_where_they_were_cut_for_the_scores(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
+    """What is behind the cut has no scores."""
+    data = small_world / "data.json"
+    run_score(ScoreConfig(model=str(blank_model), data=data, out=tmp_path / "scores", max_length=60))
+    selection = select(tmp_path / "scores", tmp_path / "selection", by="sample", keep=100)
+    config = train_config(blank_model, small_world, tmp_path / "out", selection=selection, max_steps=None, epochs=1)
+    run_train(config)
+    recipe = json.loads((tmp_path / "out/run.json").read_text())["identity"]["recipe"]
+    assert recipe["max_length"] == 60
+    with pytest.raises(ConfigError, match="--max-length is 100, and the selection was scored with --max-length 60"):
+        run_train(replace(config, max_length=100, out=tmp_path / "longer"))
 
 
 def test_an_unreadable_row_stops_training_and_says_how_to_leave_it_out(blank_model: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ VisgainError
 │   └── ImageError   one image cannot be used; becomes the row's skip reason
 ├── ModelError       a model folder, processor or chat template cannot be used
 ├── EncodingError    one sample cannot be encoded; becomes the row's skip reason
+├── TrainingError    a training diverged
 ├── JudgeError       a judge cannot be reached, refuses, or says what nobody can read
 └── StorageError     an output folder is unwritable, full, damaged or belongs to another run
 
@@ -47,6 +48,10 @@ class ModelError(VisgainError):
 
 class EncodingError(VisgainError):
     """One sample cannot be turned into tokens. The row is skipped and the message is its reason."""
+
+
+class TrainingError(VisgainError):
+    """Losses or gradients of a training are no numbers any more."""
 
 
 class JudgeError(VisgainError):

@@ -61,6 +61,7 @@ def training_arguments(recipe: Recipe, config: TrainConfig) -> TrainingArguments
         save_steps=recipe.save_steps,
         save_total_limit=2,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log 0 in their place
         report_to=list(config.report_to) or "none",
         disable_tqdm=False,
         remove_unused_columns=False,

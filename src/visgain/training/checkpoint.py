@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ BESIDE_ADAPTER = "trained.safetensors"
 """In a checkpoint of adapters: every parameter that is trained."""
 
 PROGRESS = "visgain.json"
-"""In a checkpoint: the number of active tokens so far. Written when every rank has written its files, so a checkpoint
+"""In a checkpoint: active tokens and seconds so far. Written when every rank has written its files, so a checkpoint
 without it is not complete."""
 
 
@@ -41,11 +42,28 @@ class CheckpointedTrainer(Trainer):  # type: ignore[misc]
     active_tokens = 0
     """Tokens that carried loss since the start of the run, on all ranks together."""
 
+    _seconds = 0.0
+    _since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long the training has taken, up to the checkpoint that it went on from and since."""
+        return self._seconds + (0 if self._since is None else time.monotonic() - self._since)
+
     def resume(self, checkpoint: Path | None) -> Any:
         """Train from `checkpoint`, or from the beginning, to the end."""
         if checkpoint is not None:
-            self.active_tokens = read_json(checkpoint / PROGRESS, "checkpoint")["active_tokens"]
+            progress = read_json(checkpoint / PROGRESS, "checkpoint")
+            self.active_tokens, self._seconds = progress["active_tokens"], progress.get("seconds", 0.0)
+        self._since = time.monotonic()
         return self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # After a checkpoint of the last step nothing is left, which Trainer sees only when it has done one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -53,7 +71,7 @@ class CheckpointedTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            write_json(folder / PROGRESS, {"active_tokens": self.active_tokens})
+            write_json(folder / PROGRESS, {"active_tokens": self.active_tokens, "seconds": round(self.seconds, 4)})
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

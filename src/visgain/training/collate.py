@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +14,11 @@ import pyarrow as pa
 import torch
 from jaxtyping import Bool, Float32
 from torch.utils.data import Dataset as TorchDataset
+from tqdm import tqdm
 
 from visgain.data import Dataset
 from visgain.errors import DataError, EncodingError, ImageError
+from visgain.scoring.claims import Rank
 from visgain.storage import read_selection_table
 from visgain.types import Encoded, Sample, Skipped
 from visgain.vlm.batch import pad_batch
@@ -22,6 +26,9 @@ from visgain.vlm.encode import Encoder, without_end_of_turn
 
 IGNORED = -100
 """The label that carries no loss."""
+
+_TOLD = 3
+"""How many of the rows that are left out are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,14 +133,30 @@ def _join(encoded: Encoded, chosen: Mapping[str, Any], row: int) -> Float32[np.n
 def open_rows(dataset: Dataset, encoder: Encoder, selection: Path | None, *, end_of_turn: str) -> Rows:
     """The rows to train on: those of the selection, or all that can be read."""
     if selection is None:
-        readable = [row for row in range(len(dataset)) if not isinstance(dataset[row], Skipped)]
-        if not readable:
-            raise DataError(f"no row of {dataset.path} can be trained on")
-        return Rows(dataset, encoder, readable)
+        skipped = {}
+        for row in range(len(dataset)):
+            if isinstance(sample := dataset[row], Skipped):
+                skipped[row] = sample.reason
+        _tell_skipped(dataset, skipped)
+        return Rows(dataset, encoder, [row for row in range(len(dataset)) if row not in skipped])
     table = read_selection_table(selection)
     if len(table) == 0:
         raise DataError(f"{selection} keeps no rows; select with a larger --keep")
     return SelectedRows(dataset, encoder, table, end_of_turn=end_of_turn)
+
+
+def _tell_skipped(dataset: Dataset, skipped: Mapping[int, str]) -> None:
+    if not skipped:
+        return
+    some = "; ".join(f"row {row}: {reason}" for row, reason in islice(skipped.items(), _TOLD))
+    if len(skipped) == len(dataset):
+        raise DataError(f"no row of {dataset.path} can be trained on ({some})")
+    if Rank.here().number == 0:
+        more = f"; and {len(skipped) - _TOLD:,} more" if len(skipped) > _TOLD else ""
+        tqdm.write(
+            f"visgain: {len(skipped):,} of {len(dataset):,} rows cannot be trained on and are left out ({some}{more})",
+            sys.stderr,
+        )
 
 
 @dataclass(frozen=True)

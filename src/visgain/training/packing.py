@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -213,6 +214,10 @@ def choose_way(
         if coarsest(model) != torch.float32:
             stack.enter_context(precision())
         reference = [_nll(model.eval(), WHOLE, [row], **ids) for row in probes]
+        if not any(nll.isfinite().any() for nll in reference):
+            raise ModelError(
+                "the model's own forward gives no answer token that was tried a finite loss; are its weights damaged?"
+            )
         for way in ways:
             reason = _disagreement(model, way, probes, reference, precision, **ids)
             if reason is None:
@@ -236,8 +241,8 @@ def _disagreement(
         for numbers in cut(probes, side_by_side=way.side_by_side, most=1 << 30):
             rows = [probes[number] for number in numbers]
             expected = torch.cat([reference[number] for number in numbers])
-            difference = (_nll(model.eval(), way, rows, **ids) - expected).abs()
-            worst = max(worst, float(difference[expected.isfinite()].max()))
+            difference = (_nll(model.eval(), way, rows, **ids) - expected).abs().nan_to_num(nan=inf)
+            worst = max([worst, *difference[expected.isfinite()].tolist()])
             with precision():  # what a model demands in training alone
                 _nll(model.train(), way, rows, **ids)
     except Exception as error:  # a model that does not take packs may fail anywhere, in any manner

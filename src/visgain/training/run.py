@@ -14,7 +14,7 @@ from transformers import ProgressCallback, TrainingArguments, set_seed
 
 from visgain.config import TrainConfig
 from visgain.data import reading
-from visgain.errors import ConfigError
+from visgain.errors import ConfigError, StorageError
 from visgain.scored import open_as_scored
 from visgain.storage import claim_run, file_hash, read_json, write_json
 from visgain.training.arguments import training_arguments
@@ -68,7 +68,7 @@ def _train(config: TrainConfig) -> TrainSummary:
         config.projector,
         lambda: load_vlm(config.model, dtype="auto", device="cpu", trust_remote_code=config.trust_remote_code),
     )
-    encoder = make_encoder(vlm, recipe.template, recipe.max_length)
+    encoder = make_encoder(vlm, recipe.template, _longest(config, recipe, scored))
     recipe = replace(recipe, max_length=encoder.max_length)
     if scored and scored["template"] != encoder.name:
         raise ConfigError(
@@ -94,7 +94,7 @@ def _train(config: TrainConfig) -> TrainSummary:
         steps=int(result.global_step),
         active_tokens=trainer.active_tokens,
         mean_loss=mean_loss(trainer.state.log_history),
-        seconds=float(result.metrics["train_runtime"]),
+        seconds=round(trainer.seconds, 4),
         **cost(config.out),
     )
     trained = whole_model(trainer, empty)
@@ -102,6 +102,19 @@ def _train(config: TrainConfig) -> TrainSummary:
         save_model(trained, vlm, config.out, recipe.dtype)
         write_json(config.out / SUMMARY, asdict(summary))
     return summary
+
+
+def _longest(config: TrainConfig, recipe: Recipe, scored: Mapping[str, Any]) -> int | None:
+    """Longest sequence in tokens: at most that of the scores, since what is cut there has no scores behind the cut."""
+    limit = scored.get("max_length")
+    if limit is None or (recipe.max_length or limit + 1) <= limit:
+        return recipe.max_length
+    if config.max_length is not None and config.max_length > limit:
+        raise ConfigError(
+            f"--max-length is {config.max_length}, and the selection was scored with --max-length {limit}: tokens "
+            f"behind that have no scores; leave it out, or score with --max-length {config.max_length}"
+        )
+    return int(limit)
 
 
 def mean_loss(history: Sequence[Mapping[str, float]]) -> float:
@@ -112,10 +125,16 @@ def mean_loss(history: Sequence[Mapping[str, float]]) -> float:
 
 def _begin(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> tuple[TrainSummary | None, Path | None]:
     """Make the folder ours. What was done there before: all of it (its summary), or the checkpoint to go on from."""
+    if not (config.out / "run.json").exists() and _has_model(config.out):
+        raise StorageError(f"{config.out} holds a model that no training of ours has put there; use another --out")
     resumed = claim_run(config.out, _identity(config, recipe, data_fingerprint), {"recipe": asdict(recipe)})
-    if resumed and (config.out / SUMMARY).is_file():
+    if resumed and (config.out / SUMMARY).is_file() and _has_model(config.out):
         return TrainSummary(**read_json(config.out / SUMMARY, "training")), None
     return None, last_checkpoint(config.out) if resumed else None
+
+
+def _has_model(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 def build_trainer(
@@ -155,7 +174,7 @@ def _scored_identity(config: TrainConfig) -> dict[str, Any]:
     return identity
 
 
-_FREE = ("packing", "pack_tokens")
+_FREE = ("packing", "pack_tokens", "gradient_checkpointing", "workers", "save_steps")
 """Values of a recipe on which nothing depends but time and memory: they may change between a start and the next."""
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from visgain.errors import ConfigError
+from visgain.errors import ConfigError, TrainingError
 from visgain.scoring.claims import Rank
 from visgain.training.checkpoint import CheckpointedTrainer
 from visgain.training.collate import TrainingRow
@@ -260,6 +261,14 @@ class SelectiveTrainer(CheckpointedTrainer):
             tqdm.write(f"visgain: trains on padded batches of {self.recipe.micro_batch} rows ({reasons})", sys.stderr)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Raises TrainingError, on all ranks, if loss or gradients are not finite: the weights are lost by then."""
+        lost = [f"{name} {logs[name]}" for name in ("loss", "grad_norm") if not isfinite(logs.get(name, 0.0))]
+        if lost:
+            raise TrainingError(
+                f"the training diverged: {' and '.join(lost)} at step {self.state.global_step}; no model was saved. "
+                f"Lower --learning-rate (now {self.recipe.learning_rate:g}), or look at the rows of that step; "
+                "what was logged before is in log.jsonl"
+            )
         tokens = self.active_tokens
         super().log({**logs, "active_tokens": tokens, "active_tokens_per_second": self.pace(tokens)}, *args, **kwargs)
 
