@@ -198,11 +198,12 @@ def test_the_class_token_can_be_kept(folder: Path) -> None:
     assert np.isfinite(naive_nll(vlm, encoded)).all()
 
 
-def test_any_layer_can_be_looked_at(folder: Path) -> None:
-    vlm = load_vlm(str(assembled(folder, "clip", "llama", vision_feature_layer=1)), device="cpu")
+@pytest.mark.parametrize("layer", [1, 3, -1, -4])
+def test_any_layer_can_be_looked_at(layer: int, folder: Path) -> None:
+    vlm = load_vlm(str(assembled(folder, "clip", "llama", vision_feature_layer=layer)), device="cpu")
     pixels = vlm.processor.image_processor([picture(0)], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        state = tower_of(folder, "clip")(pixels, output_hidden_states=True).hidden_states[1][:, 1:]
+        state = tower_of(folder, "clip")(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
         expected = vlm.model.model.multi_modal_projector(state)[0]
     assert torch.allclose(features(vlm, picture(0)), expected, atol=1e-5)
 
@@ -495,6 +496,11 @@ def test_what_cannot_be_joined_is_one_clear_message(
         ("siglip", {"vision_feature_select": "default"}, "has no class token"),
         ("clip", {"vision_feature_layer": -5}, "has 4 hidden states"),
         ("clip", {"vision_feature_layer": 4}, "has 4 hidden states"),
+        (
+            "clip",
+            {"vision_feature_layer": 0},
+            "is 0, which transformers' LLaVA takes for no layer at all; -4 is the same",
+        ),
         ("clip", {"image_size": 7}, "--image-size is 7; a patch of .*clip alone has 8 pixels"),
         ("siglip2", {"image_size": 7}, "--image-size is 7"),
         ("dinov2", {"image_size": 40}, "cannot be given another size of pictures; leave --image-size 40 out"),

@@ -239,6 +239,11 @@ def _extra(tower: PreTrainedModel, name: str, layer: int) -> int:
         raise ModelError(
             f"--vision-feature-layer is {layer}; {name} has {len(states)} hidden states, -1 being the last"
         )
+    if layer == 0:
+        raise ModelError(
+            f"--vision-feature-layer is 0, which transformers' LLaVA takes for no layer at all; {-len(states)} is the "
+            f"same hidden state of {name}"
+        )
     extra = states[layer].shape[1] - patches
     if extra not in (0, 1):
         raise ModelError(
