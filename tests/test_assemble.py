@@ -30,7 +30,9 @@ from parts import LANGUAGES, NO_LANGUAGES, NO_TOWERS, PATCH, SIDE, TOWERS, save
 from tiny_models import make_sample
 from visgain.cli import main
 from visgain.config import AssembleConfig, ScoreConfig, TrainConfig
+from visgain.data import open_dataset
 from visgain.errors import ModelError
+from visgain.evaluation.generate import generate_answers
 from visgain.scoring.run import run_score
 from visgain.storage import read_scores
 from visgain.training.assemble import RECORD, Assembled, run_assemble
@@ -355,8 +357,6 @@ def test_the_assembled_model_is_scored(pair: tuple[str, str, VLM], small_world: 
     done = run_score(config)
     assert (done.rows, done.skipped) == (8, 0)
     rows = {row["row"]: row for row in read_scores(tmp_path / "scores").to_pylist()}
-    from visgain.data import open_dataset
-
     data, encoder = open_dataset(small_world / "data.json"), make_encoder(vlm)
     for number in range(3):
         one = data[number]
@@ -367,8 +367,6 @@ def test_the_assembled_model_is_scored(pair: tuple[str, str, VLM], small_world: 
 
 
 def mean_nll(model: Path, small_world: Path) -> float:
-    from visgain.data import open_dataset
-
     vlm = load_vlm(str(model), device="cpu")
     data, encoder = open_dataset(small_world / "data.json"), make_encoder(vlm)
     samples = [one for one in (data[row] for row in range(8)) if isinstance(one, Sample)]
@@ -395,6 +393,47 @@ def test_a_few_steps_lower_its_loss(tower: str, language: str, folder: Path, sma
     before, after = (load_vlm(str(path), device="cpu").model.model for path in (base, tmp_path / "trained"))
     equal(before.vision_tower.state_dict(), after.vision_tower.state_dict())
     assert not torch.equal(before.multi_modal_projector.linear_1.weight, after.multi_modal_projector.linear_1.weight)
+
+
+def test_a_base_model_learns_to_stop_at_the_end_of_its_templates_turn(folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    run_assemble(AssembleConfig(vision=str(part(folder, "siglip")), language=str(of_a_base(folder)), out=base))
+    data = tmp_path / "data.json"
+    said = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cup."}]
+    data.write_text(json.dumps([{"image": f"{n}.png", "conversations": said} for n in range(8)]))
+    for number in range(8):
+        picture(number).save(tmp_path / f"{number}.png")
+    run_train(
+        TrainConfig(
+            model=str(base),
+            data=data,
+            out=tmp_path / "trained",
+            recipe="tune",
+            learning_rate=1e-2,
+            batch_size=8,
+            micro_batch=8,
+            max_steps=60,
+            device="cpu",
+        )
+    )
+    vlm = load_vlm(str(tmp_path / "trained"), device="cpu")
+    encoder, first = make_encoder(vlm), open_dataset(data)[0]
+    assert isinstance(first, Sample)
+    assert generate_answers(vlm, encoder, [first], max_new_tokens=30) == ["A cup."]
+    # Other tools go by the model's settings.
+    assert vlm.tokenizer.convert_ids_to_tokens(vlm.model.generation_config.eos_token_id) == [
+        "<|endoftext|>",
+        "<|im_end|>",
+    ]
+    prompt = encoder.prompt(first.turns[:1], [image.open() for image in first.images])
+    ids = torch.from_numpy(prompt.input_ids)[None]
+    found = vlm.model.generate(input_ids=ids, **prompt.model_inputs, max_new_tokens=30, do_sample=False)
+    assert vlm.tokenizer.decode(found[0, ids.shape[1] :]) == "A cup.<|im_end|>"
+
+
+def test_a_model_whose_settings_know_the_end_of_the_turn_keeps_them(folder: Path) -> None:
+    vlm = load_vlm(str(assembled(folder, "siglip", "qwen2")), device="cpu")
+    assert vlm.model.generation_config.eos_token_id == vlm.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_the_command_says_what_it_built(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -430,6 +469,17 @@ def no_pictures(folder: Path) -> Path:
     return out
 
 
+def of_a_base(folder: Path) -> Path:
+    """As Qwen2.5's base models: a chat template whose end of turn is not the end of text, which alone is known."""
+    out = folder / "base"
+    model = AutoModelForCausalLM.from_pretrained(part(folder, "qwen2"))
+    tokenizer = AutoTokenizer.from_pretrained(part(folder, "qwen2"), eos_token="<|endoftext|>")
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
 def looks_ahead(folder: Path) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokenizer = byte_tokenizer(["<s>"], eos_token="<s>", bos_token="<s>")
@@ -444,13 +494,17 @@ def truncated(folder: Path) -> Path:
     return out
 
 
-def silent(folder: Path) -> Path:
-    out = folder / "silent"
+def silent(folder: Path, name: str = "silent", end: str = "") -> Path:
+    out = folder / name
     AutoModelForCausalLM.from_pretrained(part(folder, "phi3")).save_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(part(folder, "phi3"))
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '" + end + "' }}{% endfor %}"
     tokenizer.save_pretrained(out)
     return out
+
+
+def ends_in_plain_text(folder: Path) -> Path:
+    return silent(folder, "plain-end", r"\n###\n")
 
 
 Where = Callable[[Path], Path]
@@ -476,7 +530,8 @@ def at(name: str) -> Where:
         (at("clip"), no_tokenizer, "cannot load the tokenizer of"),
         (at("clip"), no_end, "has no end-of-sequence token"),
         (at("clip"), truncated, "has no weights for"),
-        (at("clip"), silent, "writes nothing after an answer.*use --template llava-1.5"),
+        (at("clip"), silent, "writes no special token after an answer.*use --template llava-1.5"),
+        (at("clip"), ends_in_plain_text, "writes no special token after an answer"),
     ],
     ids=lambda value: getattr(value, "__name__", None) or getattr(value, "keywords", {}).get("name"),
 )

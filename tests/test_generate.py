@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.tiny_models import llava_next
+from transformers import AddedToken
 
 from visgain.config import WorldConfig
 from visgain.data import open_dataset
@@ -18,6 +19,7 @@ from visgain.vlm.encode import Encoder
 from visgain.vlm.load import VLM, load_vlm
 from visgain.vlm.template import make_encoder
 from visgain.world.dataset import write_world
+from zoo import ZOO
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,41 @@ def test_padding_after_the_end_is_not_text(embedded: VLM, samples: list[Sample])
     [[(_, text)]] = answers(embedded, make_encoder(embedded), asks, max_new_tokens=4, batch_size=1, decoder=Ends())
     first = embedded.tokenizer("red cup", add_special_tokens=False)["input_ids"][:1]
     assert text == embedded.tokenizer.decode(first).strip()
+
+
+def ends(vlm: VLM) -> set[str]:
+    return set(vlm.tokenizer.convert_ids_to_tokens(end_ids(vlm)))
+
+
+def test_the_end_of_the_templates_turn_ends_an_answer() -> None:
+    vlm = ZOO["gemma3"].build()
+    assert vlm.model.generation_config.eos_token_id == vlm.tokenizer.convert_tokens_to_ids("<eos>")
+    assert ends(vlm) == {"<eos>", "<end_of_turn>"}
+
+
+def test_of_the_templates_turn_only_a_special_token_ends_an_answer(
+    embedded: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = embedded.processor.chat_template
+    for end, more in ((r"\n", set()), (r"stop\n", set()), (r"\n<s>\n</s>", {"<s>"})):
+        monkeypatch.setattr(embedded.processor, "chat_template", own.replace("{{ eos_token }}", f"{{{{ '{end}' }}}}"))
+        assert ends(embedded) == {"</s>"} | more
+
+
+def test_a_line_break_that_is_a_token_of_its_own_ends_no_answer() -> None:
+    vlm = ZOO["gemma3"].build()
+    vlm.tokenizer.add_tokens(AddedToken("\n", normalized=False))
+    assert ends(vlm) == {"<eos>", "<end_of_turn>"}
+    vlm.processor.chat_template = vlm.processor.chat_template.replace("<end_of_turn>", "")
+    assert ends(vlm) == {"<eos>"}
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no talk') }}", "{{ messages[0].content }}"])
+def test_a_template_that_cannot_be_used_ends_nothing(
+    template: str | None, embedded: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded.processor, "chat_template", template)
+    assert ends(embedded) == {"</s>"}
 
 
 def test_a_missing_picture_stops_the_evaluation(embedded: VLM, tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from visgain.errors import ModelError
+from visgain.errors import EncodingError, ModelError
 from visgain.types import IMAGE_MARK, Encoded, ImageRef, Sample, Turn
 from visgain.vlm.batch import pad_batch, signature
 from visgain.vlm.encode import Encoder
 from visgain.vlm.load import VLM
 from visgain.vlm.pack import placed
+from visgain.vlm.template import end_of_turn
 from visgain.vlm.threads import computing_with, n_threads
 
 WINDOW = 4
@@ -148,10 +149,17 @@ def pad_id(vlm: VLM) -> int:
 
 
 def end_ids(vlm: VLM) -> list[int]:
-    """Tokens after which an answer is over: the model's own, and the tokenizer's end of text."""
+    """Tokens after which an answer is over: the model's own, the tokenizer's end of text, the template's end of turn.
+
+    Models are tuned to write the last whatever their settings say: those of a base model know its end of text alone.
+    """
     known = vlm.model.generation_config.eos_token_id
     ids = known if isinstance(known, list) else [known]
-    return sorted({int(token) for token in (*ids, vlm.tokenizer.eos_token_id) if token is not None})
+    try:
+        turn = end_of_turn(vlm.processor, vlm.image_token_id)
+    except (ModelError, EncodingError):  # a chat template that writes no conversation; another is used in its place
+        turn = None
+    return sorted({int(token) for token in (*ids, vlm.tokenizer.eos_token_id, turn) if token is not None})
 
 
 def answers(
@@ -231,15 +239,15 @@ def _decoded(vlm: VLM, encoder: Encoder, prompts: Sequence[Prompt], max_new_toke
             size = len(prompts[0].encoded.input_ids)
             raise ModelError(f"out of memory on {vlm.device} with one prompt of {size} tokens") from error
     else:
-        return [_text(vlm, row) for row in new.tolist()]
+        ends = set(end_ids(vlm))
+        return [_text(vlm, row, ends) for row in new.tolist()]
     torch.cuda.empty_cache()
     half = len(prompts) // 2
     halves = (prompts[:half], prompts[half:])
     return [text for part in halves for text in _decoded(vlm, encoder, part, max_new_tokens, decoder)]
 
 
-def _text(vlm: VLM, ids: Sequence[int]) -> str:
+def _text(vlm: VLM, ids: Sequence[int], ends: Collection[int]) -> str:
     """What stands before the end of the turn; after it there is padding, which may be a token like any other."""
-    ends = set(end_ids(vlm))
     said = itertools.takewhile(lambda token: token not in ends, ids)
     return str(vlm.tokenizer.decode(list(said), skip_special_tokens=True)).strip()

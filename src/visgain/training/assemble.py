@@ -43,11 +43,11 @@ from visgain.config import AssembleConfig
 from visgain.errors import ModelError
 from visgain.storage import write_json
 from visgain.types import IMAGE_MARK
-from visgain.vlm.chat import ChatTemplate
 from visgain.vlm.families import PART_PATHS
 from visgain.vlm.load import LOADING, loading_reason, model_fingerprint, model_name, model_source
 from visgain.vlm.original import save_whole
 from visgain.vlm.profiles import LLAVA_1_5_CHAT
+from visgain.vlm.template import end_of_turn
 
 RECORD = "assemble.json"
 """In an assembled model's folder: the options, and what the parts were."""
@@ -113,7 +113,7 @@ def run_assemble(config: AssembleConfig) -> Assembled:
     model = join(tower, language, layer=config.vision_feature_layer, strategy=strategy, seed=config.seed).to(dtype)
     template, name = _chat_template(config, language.tokenizer)
     processor = _processor(tower, language.tokenizer, strategy, config.pictures, template)
-    _check_template(processor, config)
+    model.generation_config = _generation(language, _end_of_turn(processor, config))
     done = Assembled(
         image_tokens=model.config.image_seq_length,
         image_size=tower.side,
@@ -368,17 +368,24 @@ def join(tower: Tower, language: Language, *, layer: int, strategy: str, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.model.multi_modal_projector = LlavaMultiModalProjector(config)  # torch's own start, as the original LLaVA
-    model.generation_config = _generation(causal, language.tokenizer)
     _check_language(model.eval(), causal)
     return model
 
 
-def _generation(causal: PreTrainedModel, tokenizer: Any) -> GenerationConfig:
-    """Which tokens begin, end and fill: what the language model says, else its tokenizer. How it draws is left out."""
-    known = causal.generation_config
+def _generation(language: Language, end: int) -> GenerationConfig:
+    """Which tokens begin, end and fill: what the language model says, else its tokenizer. How it draws is left out.
+
+    `end`, the chat template's end of turn, ends as well: training teaches the model to say that one, and a base model's
+    settings know its end of text alone.
+    """
+    known = language.model.generation_config
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     said = {name: getattr(known, name, None) for name in names}
-    return GenerationConfig(**{k: getattr(tokenizer, k) if v is None else v for k, v in said.items()})
+    said = {name: getattr(language.tokenizer, name) if value is None else value for name, value in said.items()}
+    ends = said["eos_token_id"] if isinstance(said["eos_token_id"], list) else [said["eos_token_id"]]
+    if end not in ends:
+        said["eos_token_id"] = [*ends, end]
+    return GenerationConfig(**said)
 
 
 @torch.no_grad()
@@ -464,14 +471,18 @@ def _chat_template(config: AssembleConfig, tokenizer: Any) -> tuple[str, str]:
     return own if IMAGE_MARK in own else PICTURES_AS_TEXT + own, "its own"
 
 
-def _check_template(processor: LlavaProcessor, config: AssembleConfig) -> None:
-    """Raises ModelError if the chat template does not write a picture, or leaves the end of a turn without loss."""
-    chat = ChatTemplate.of(processor, processor.image_token_id)
-    if chat is None or not chat.ends_turns():
+def _end_of_turn(processor: LlavaProcessor, config: AssembleConfig) -> int:
+    """The token with which the chat template ends a turn.
+
+    Raises ModelError if the template does not write a picture, or leaves the end of a turn without loss.
+    """
+    end = end_of_turn(processor, processor.image_token_id)
+    if end is None:
         raise ModelError(
-            f"the chat template of {config.language} writes nothing after an answer, so no model would learn to stop; "
-            "use --template llava-1.5"
+            f"the chat template of {config.language} writes no special token after an answer, so no model would learn "
+            "to stop; use --template llava-1.5"
         )
+    return end
 
 
 # ---------------------------------------------------------------- loading

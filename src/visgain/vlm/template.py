@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from transformers import ProcessorMixin
+
 from visgain.errors import ModelError
+from visgain.types import Turn
 from visgain.vlm.chat import ChatTemplate
 from visgain.vlm.completion import completion_encoder
 from visgain.vlm.encode import ChatEncoder, Encoder
@@ -42,6 +45,22 @@ def make_encoder(vlm: VLM, template: str = "auto", max_length: int | None = None
     if repair is not None and not chat.ends_turns():
         return make_encoder(vlm, repair, max_length)
     return ChatEncoder(template=chat, **options)
+
+
+def end_of_turn(processor: ProcessorMixin, image_token_id: int) -> int | None:
+    """The first special token that the chat template writes behind an answer; None if it writes none, or there is none.
+
+    Special tokens alone: text such as a line break may stand in the middle of an answer. Raises as `ChatTemplate.of`
+    and `ChatTemplate.write` do.
+    """
+    chat = ChatTemplate.of(processor, image_token_id)
+    if chat is None:
+        return None
+    text, [answer] = chat.write((Turn(role="user", text="question"), Turn(role="assistant", text="probe")))
+    behind = text[answer.first + len("probe") : answer.stop]
+    known = processor.tokenizer.added_tokens_decoder
+    ids = processor.tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return next((int(token) for token in ids if token in known and known[token].special), None)
 
 
 def _frozen(vlm: VLM, profile: Profile, max_length: int | None) -> FrozenEncoder:
