@@ -249,6 +249,19 @@ def test_pictures_become_squares_as_the_option_says(pictures: str, white: float,
     assert float((pixels == 1).float().mean()) == pytest.approx(white, abs=0.1)
 
 
+@pytest.mark.parametrize("pictures", ["pad", "crop", "squash"])
+@pytest.mark.parametrize("tower", ["clip", "siglip", "siglip2"])
+@pytest.mark.parametrize("language", ["llama", "qwen2"])
+def test_training_sees_pictures_as_the_saved_processor_shows_them(
+    language: str, tower: str, pictures: str, folder: Path
+) -> None:
+    vlm = load_vlm(str(assembled(folder, tower, language, pictures=pictures)), device="cpu")
+    for size in ((60, 20), (20, 60), (31, 31)):
+        encoded = make_encoder(vlm).encode(make_sample(*TALKS["turns"]), [picture(3, size)])
+        own = vlm.processor.image_processor([picture(3, size)], return_tensors="pt")["pixel_values"]
+        assert torch.allclose(encoded.model_inputs["pixel_values"], own, atol=1e-6)
+
+
 def test_padding_is_that_of_the_published_recipe(folder: Path) -> None:
     vlm = load_vlm(str(assembled(folder, "clip", "llama")), device="cpu")
     image = picture(3, (60, 20))
@@ -323,6 +336,16 @@ def test_a_language_model_without_a_template_writes_as_llava_does(talk: str, fol
     assert encoded.is_answer.tolist() == labels
 
 
+@pytest.mark.parametrize("pictures", ["crop", "squash"])
+def test_where_pictures_are_not_padded_the_chat_template_writes_as_llava_does(pictures: str, folder: Path) -> None:
+    vlm = load_vlm(str(assembled(folder, "clip", "llama", pictures=pictures)), device="cpu")
+    auto, exact = make_encoder(vlm), make_encoder(vlm, "llava-1.5")
+    assert (auto.name, auto.max_length) == ("chat", exact.max_length)
+    for talk in TALKS:
+        assert encode(auto, talk).input_ids.tolist() == encode(exact, talk).input_ids.tolist()
+        assert encode(auto, talk).is_answer.tolist() == encode(exact, talk).is_answer.tolist()
+
+
 @pytest.mark.parametrize("talk", TALKS)
 def test_the_chat_template_for_other_tools_says_the_same(talk: str, folder: Path) -> None:
     vlm = load_vlm(str(assembled(folder, "clip", "llama")), device="cpu")
@@ -340,7 +363,7 @@ def test_other_tools_can_write_pictures_with_a_language_models_own_template(fold
 
 
 def test_llavas_template_can_be_asked_for(folder: Path) -> None:
-    vlm = load_vlm(str(assembled(folder, "siglip", "qwen2", template="llava-1.5")), device="cpu")
+    vlm = load_vlm(str(assembled(folder, "clip", "qwen2", template="llava-1.5")), device="cpu")
     assert make_encoder(vlm).name == "llava-1.5"
     text = vlm.tokenizer.decode(encode(make_encoder(vlm), "text alone").token_id)
     assert text == " An animal.<|im_end|>"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+from PIL import Image as PILImage
 from transformers import ProcessorMixin
 
 from visgain.errors import ModelError
-from visgain.types import Turn
+from visgain.types import IMAGE_MARK, Turn
 from visgain.vlm.chat import ChatTemplate
 from visgain.vlm.completion import completion_encoder
 from visgain.vlm.encode import ChatEncoder, Encoder
@@ -14,14 +16,17 @@ from visgain.vlm.frozen import FrozenEncoder
 from visgain.vlm.load import VLM
 from visgain.vlm.profiles import CHAT_FORMS, CHAT_LENGTH, Profile, find_profile
 
+PROBE = PILImage.linear_gradient("L").rotate(90).resize((64, 32)).convert("RGB")
+"""From dark to light along its longer side: padded, cropped and squashed it is three different squares."""
+
 
 def make_encoder(vlm: VLM, template: str = "auto", max_length: int | None = None) -> Encoder:
     """The encoder called `template` for `vlm`, with the template's own length unless `max_length` says another.
 
-    `auto` takes the processor's chat template if that supervises the end of each turn (a profile that it stands for in
-    its place), else the profile of the model's family, else the chat template as it is, else the processor's own way to
-    write a question. Raises ModelError if none can locate the answers or if the profile is not for such a model,
-    UnknownName if there is no such template.
+    `auto` takes the processor's chat template if that supervises the end of each turn (in its place a profile that it
+    stands for, where that prepares pictures as the processor does), else the profile of the model's family, else the
+    chat template as it is, else the processor's own way to write a question. Raises ModelError if none can locate the
+    answers or if the profile is not for such a model, UnknownName if there is no such template.
     """
     profile = find_profile(template)
     if profile is not None:
@@ -31,7 +36,9 @@ def make_encoder(vlm: VLM, template: str = "auto", max_length: int | None = None
         return make_encoder(vlm, repair, max_length)
     chat = ChatTemplate.of(vlm.processor, vlm.image_token_id)
     if template == "auto" and chat is not None and chat.source in CHAT_FORMS:
-        return make_encoder(vlm, CHAT_FORMS[chat.source], max_length)
+        exact = make_encoder(vlm, CHAT_FORMS[chat.source], max_length)
+        if _sees_as_the_processor(exact):
+            return exact
     options = {
         "processor": vlm.processor,
         "image_token_id": vlm.image_token_id,
@@ -61,6 +68,13 @@ def end_of_turn(processor: ProcessorMixin, image_token_id: int) -> int | None:
     known = processor.tokenizer.added_tokens_decoder
     ids = processor.tokenizer(behind, add_special_tokens=False)["input_ids"]
     return next((int(token) for token in ids if token in known and known[token].special), None)
+
+
+def _sees_as_the_processor(encoder: Encoder) -> bool:
+    """Whether `encoder` prepares a picture as its processor does, which is what other tools show the model."""
+    ours = encoder.prompt([Turn(role="user", text=IMAGE_MARK)], [PROBE]).model_inputs["pixel_values"]
+    own = encoder.processor.image_processor([PROBE], return_tensors="pt")["pixel_values"]
+    return ours.shape == own.shape and torch.allclose(ours, own, atol=1e-3)
 
 
 def _frozen(vlm: VLM, profile: Profile, max_length: int | None) -> FrozenEncoder:
