@@ -13,7 +13,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -582,6 +582,28 @@ def test_the_users_data_is_divided_scored_once_and_measured_where_nobody_trained
     seen = np.concatenate([scores[row]["nll_seen"] for row in tested])
     start = next(one for one in result.cells if one["name"] == "aligned" and one["seed"] == 0)
     assert start["metrics"]["nll_seen"] == pytest.approx(float(seen.mean()), abs=1e-5)
+
+
+def test_what_follows_the_model_never_reads_a_row_that_is_held_out(tmp_path: Path, small_world: Path) -> None:
+    data = small_world / "data.json"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({**asdict(load_recipe("embedded-tune")), "batch_size": 2, "micro_batch": 2}))
+    config = AblateConfig(
+        out=tmp_path / "out",
+        arms="refresh@50",
+        seeds="0",
+        data=data,
+        recipe=str(recipe),
+        test_rows=6,
+        device="cpu",
+        equal="epochs",
+        keep_models=True,
+    )
+    assert not run_ablation(config).failures
+    rounds = sorted((config.out / "seed-0/refresh@50/model/refresh").iterdir())
+    read = [row for folder in rounds for row in read_scores(folder / "scores").column("row").to_pylist()]
+    withheld = divide(open_dataset(data), 6, 0).withheld.tolist()
+    assert sorted([*read, *withheld]) == list(range(60))
 
 
 def test_too_few_rows_to_hold_out_are_one_message_for_all_cells(tmp_path: Path, small_world: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from visgain.config import ScoreConfig, SelectConfig, TrainConfig
-from visgain.errors import ConfigError, DataError
+from visgain.errors import ConfigError, DataError, StorageError
 from visgain.scoring.run import run_score
 from visgain.selection import run_select
-from visgain.storage import read_scores, read_selection_table, write_part
+from visgain.storage import read_scores, read_selection_table, write_part, write_selection
 from visgain.training.refresh import RULES, Decided, Refresh, Rounds
 from visgain.training.run import run_train
 from visgain.training.trainer import SelectiveTrainer
@@ -212,6 +213,16 @@ def test_adapters_are_scored_with_what_they_have_learned(
     assert moved(first) < 1e-5 < 1e-3 < moved(last)
 
 
+def test_rows_that_were_not_scored_are_never_trained_on(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
+    data = small_world / "data.json"
+    run_score(ScoreConfig(model=str(blank_model), data=data, out=tmp_path / "scores", limit=20))
+    run_select(SelectConfig(scores=tmp_path / "scores", out=tmp_path / "selection", keep=50))
+    config = train_config(blank_model, small_world, tmp_path / "selection", tmp_path / "out", max_steps=None, epochs=1)
+    run_train(config)
+    rows = [row for folder in rounds_of(config.out) for row in read_scores(folder / "scores").column("row").to_pylist()]
+    assert sorted(rows) == list(range(20))
+
+
 # ---------------------------------------------------------------- what cannot be
 
 
@@ -236,6 +247,28 @@ def test_a_model_that_no_rank_has_whole_cannot_score(
     assert record["rule"] in RULES
     config = train_config(blank_model, small_world, selection, tmp_path / "out", parallel="fsdp")
     with pytest.raises(ConfigError, match="--parallel"):
+        run_train(config)
+
+
+def test_a_selection_that_does_not_say_what_it_was_chosen_from_is_made_again(
+    blank_model: Path, small_world: Path, selection: Path, tmp_path: Path
+) -> None:
+    old = Path(shutil.copytree(selection, tmp_path / "selection"))
+    (old / "candidates.parquet").unlink()
+    with pytest.raises(ConfigError, match=r"it has no candidates\.parquet; run `visgain select` again"):
+        run_train(train_config(blank_model, small_world, old, tmp_path / "out"))
+
+
+def test_a_training_does_not_go_on_with_other_rows_to_choose_from(
+    blank_model: Path, small_world: Path, selection: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(selection, tmp_path / "selection"))
+    config = train_config(blank_model, small_world, other, tmp_path / "out", max_steps=1)
+    run_train(config)
+    record = json.loads((selection / "selection.json").read_text())
+    kept = read_selection_table(selection)
+    write_selection(other, [kept], record, candidates=[kept.column("row").to_numpy()])
+    with pytest.raises(StorageError, match="candidates"):
         run_train(config)
 
 

@@ -24,6 +24,7 @@ def test_a_row_set_is_a_set(added: list[list[int]], other: list[int]) -> None:
         assert len(ours) == len(held)
     asked = np.arange(-5, N + 20)
     assert ours.holds(asked).tolist() == [row in held for row in asked.tolist()]
+    assert [row for block in ours for row in block.tolist()] == sorted(held)
     less = RowSet(N)
     less.add(np.unique(np.array(other, np.int64)))
     assert [row for block in ours.without(less) for row in block.tolist()] == sorted(held - set(other))

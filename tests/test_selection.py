@@ -117,8 +117,9 @@ def test_which_rows_lie_in_which_part_changes_no_byte(
         monkeypatch.setattr(spill, "BUFFER_BYTES", buffer)
         scores = scatter(tmp_path / f"scores-{n_parts}", records, n_parts, rng)
         run_select(SelectConfig(scores=scores, out=tmp_path / "out", **options))
-        written.append([(tmp_path / "out" / name).read_bytes() for name in ("selection.parquet", "selection.json")])
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["selection.json", "selection.parquet"]
+        names = ["candidates.parquet", "selection.json", "selection.parquet"]
+        written.append([(tmp_path / "out" / name).read_bytes() for name in names])
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert all(other == written[0] for other in written)
     rows = storage.read_selection(tmp_path / "out").rows
     assert 0 < len(rows) < len(records)
@@ -446,6 +447,24 @@ def test_the_report_is_an_aligned_table_with_tau(tmp_path: Path) -> None:
     assert f"tau {record['tau']:.6g} nats" in lines[7]
     assert "3 rows left out because they could not be scored:" in lines
     assert "  3 x no image 1" in lines
+
+
+# ---------------------------------------------------------------- what was chosen from
+
+
+@pytest.mark.parametrize("options", EVERY_RULE, ids=str)
+def test_the_rows_that_were_chosen_from_are_those_that_were_not_skipped(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    records = mixed_records()
+    if "table" in options:
+        options = {**options, "table": write_table(tmp_path / "worth.csv", range(len(records)), range(len(records)))}
+    gone = max(record.row for record in records) // 2
+    left = [record for record in records if record.row != gone]
+    _, selection = select(tmp_path, left, **options)
+    candidates = storage.read_candidates(tmp_path / "out").tolist()
+    assert candidates == sorted(record.row for record in left if not isinstance(record, Skipped))
+    assert set(selection.rows.tolist()) < set(candidates)
 
 
 # ---------------------------------------------------------------- bad input

@@ -329,6 +329,16 @@ def test_a_selection_gives_back_what_went_in(tmp_path: Path) -> None:
     assert all(mask.dtype == bool for mask in selection.keep)
 
 
+def test_a_selection_says_which_rows_it_was_chosen_from_or_nothing(tmp_path: Path) -> None:
+    blocks = [np.arange(3), np.array([7, 9])]
+    record = {"tau": 0.1, "token_tau": 0.1, "keep_percent": 70.0}
+    storage.write_selection(tmp_path, [selection_table([1])], record, candidates=blocks)
+    assert storage.read_candidates(tmp_path).tolist() == [0, 1, 2, 7, 9]
+    storage.write_selection(tmp_path, [selection_table([1])], record)
+    with pytest.raises(StorageError, match="run `visgain select` again"):
+        storage.read_candidates(tmp_path)
+
+
 @pytest.mark.parametrize("tables", [[], [SELECTION_SCHEMA.empty_table()]])
 def test_a_selection_may_be_empty(tmp_path: Path, tables: list[pa.Table]) -> None:
     storage.write_selection(tmp_path, tables, {"tau": None, "token_tau": None, "keep_percent": 1})

@@ -35,6 +35,10 @@ class RowSet:
         row = np.where(inside, row, 0)
         return np.asarray(inside & (self._bits[row >> 3] & _bit(row) > 0)) if self.n_rows else inside
 
+    def __iter__(self) -> Iterator[Int64[np.ndarray, " _"]]:
+        """The rows of the set, ascending, in blocks."""
+        return self.without(RowSet(self.n_rows))
+
     def without(self, other: RowSet) -> Iterator[Int64[np.ndarray, " _"]]:
         """The rows that are in this set and not in the other one of as many rows, ascending, in blocks."""
         for start in range(0, len(self._bits), _BLOCK_BYTES):

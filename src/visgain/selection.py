@@ -6,7 +6,8 @@ nothing in the files that are written.
 
 Only scored multimodal rows are ranked. Text-only rows are kept whole by every rule, save end-of-turn tokens (those of
 zero width in the answer) under `--end-of-turn drop`; rows that were skipped when scoring are left out and counted. A
-row without any active token is left out and counted (`rows_emptied`).
+row without any active token is left out and counted (`rows_emptied`). The rows that were chosen from, kept or not, are
+written too: all that are ranked or text-only.
 
 Soft weights (weights.py) say how much the loss of a kept token counts: another column of the selection, 0 where a token
 is not kept. They change nothing else, and without them there is no such column.
@@ -53,7 +54,7 @@ _REASONS_LISTED = 20
 
 
 def run_select(config: SelectConfig) -> dict[str, Any]:
-    """Decide, write selection.parquet and selection.json to `config.out`, and return what went to selection.json.
+    """Decide, write the selection's files to `config.out`, and return what went to selection.json.
 
     Raises ConfigError or UnknownName for an option that does not fit, DataError if there is nothing to rank or a
     `column:NAME` cannot be used, StorageError if the scores are missing, damaged or unfinished, or the selection cannot
@@ -69,14 +70,16 @@ def run_select(config: SelectConfig) -> dict[str, Any]:
         scores = _Scores(config, _survey(config, spill(_RANKED)))
         rule = find_rule(scores, config)
         tally, kept = _Tally(skipped=spill(_SKIPPED)), spill(schema)
+        candidates = RowSet(scores.survey.n_rows)
         for decided in _decisions(scores, rule, weighting):
             tally.add(decided)
+            candidates.add(decided.row[decided.multimodal | decided.text_only])
             kept.add(_selection_table(decided, schema), window(decided.row[decided.kept]))
         record = _record(config, rule, weighting, tally)
         with tqdm(
             total=record["totals"]["rows_kept"], desc="writing", unit="row", delay=2, mininterval=0.5
         ) as progress:
-            write_selection(config.out, _counted(kept.in_row_order(), progress), record, schema)
+            write_selection(config.out, _counted(kept.in_row_order(), progress), record, schema, candidates)
     return record
 
 

@@ -78,6 +78,12 @@ SOFT_SELECTION_SCHEMA = pa.schema(
 )
 """The same of a selection with soft weights. Without them every kept token weighs 1."""
 
+CANDIDATES_SCHEMA = pa.schema([pa.field("row", pa.int64(), nullable=False)])
+"""The rows that a selection was chosen from: those of its scores that were not skipped."""
+
+CANDIDATES = "candidates.parquet"
+"""In a selection's folder."""
+
 _CHUNK_ROWS = 1 << 13
 """Rows in one chunk of a list column that we build, and in one batch that is read: bounds the memory of either."""
 
@@ -407,19 +413,43 @@ def list_column(values: np.ndarray, lengths: np.ndarray) -> pa.ChunkedArray:
 
 
 def write_selection(
-    folder: Path, tables: Iterable[pa.Table], record: Mapping[str, Any], schema: pa.Schema = SELECTION_SCHEMA
+    folder: Path,
+    tables: Iterable[pa.Table],
+    record: Mapping[str, Any],
+    schema: pa.Schema = SELECTION_SCHEMA,
+    candidates: Iterable[Int64[np.ndarray, " _"]] | None = None,
 ) -> None:
-    """Write selection.parquet and, last, selection.json: without it there is no selection.
+    """Write selection.parquet, candidates.parquet and, last, selection.json: without it there is no selection.
 
     `tables`: the kept rows in `schema` (SELECTION_SCHEMA or SOFT_SELECTION_SCHEMA), in row order over all tables; each
-    is a row group of the file.
+    is a row group of the file. `candidates`: the rows that they were chosen from, ascending over all blocks (None: it
+    is not said which).
     """
     with atomic_path(folder / "selection.parquet") as temporary:
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for table in tables:
                 writer.write_table(table.cast(schema))
         (folder / "selection.json").unlink(missing_ok=True)  # else an old record could describe a new table
+        (folder / CANDIDATES).unlink(missing_ok=True)
+    if candidates is not None:
+        _write_candidates(folder / CANDIDATES, candidates)
     write_json(folder / "selection.json", record)
+
+
+def _write_candidates(path: Path, candidates: Iterable[Int64[np.ndarray, " _"]]) -> None:
+    with atomic_path(path) as temporary:
+        options = {"compression": "zstd", "use_dictionary": False}
+        # Most are one after another: their differences are next to nothing.
+        with pq.ParquetWriter(temporary, CANDIDATES_SCHEMA, column_encoding="DELTA_BINARY_PACKED", **options) as writer:
+            for row in candidates:
+                writer.write_table(pa.table([row], schema=CANDIDATES_SCHEMA))
+
+
+def read_candidates(folder: Path) -> Int64[np.ndarray, " n"]:
+    """The rows that the selection was chosen from, ascending. Raises StorageError if they are missing or damaged."""
+    path = folder / CANDIDATES
+    with selection_errors(path):
+        return np.asarray(pq.read_table(path, schema=CANDIDATES_SCHEMA).column("row").to_numpy(), dtype=np.int64)
 
 
 def read_selection_table(folder: Path) -> pa.Table:

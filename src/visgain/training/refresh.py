@@ -2,8 +2,9 @@
 
 A selection says how to choose; which rows and tokens that is, is decided while the model learns. Always as many rows to
 come as N steps take are scored with the weights of that moment, and the selection's rule (its percentage, its weights)
-is applied to them alone. An epoch scores every row of the dataset once, as `visgain score` does: that is the cost. It
-takes as many rows to train on as the selection has.
+is applied to them alone. An epoch scores every row that the selection was chosen from once, as `visgain score` does:
+that is the cost. It takes as many rows to train on as the selection has. Other rows of the dataset are never read: they
+may have been held out to test on.
 
 What was decided for a round lies in refresh/step-00000100/ as `score` and `select` write it, so `report` and `show`
 look into it, and a resumed training finds its rounds there and decides none of them twice.
@@ -21,7 +22,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+from jaxtyping import Int64
 from tqdm import tqdm
 
 from visgain.config import ScoreConfig, SelectConfig, TrainConfig
@@ -35,6 +38,7 @@ from visgain.scoring.plan import Plan, make_plan
 from visgain.scoring.run import PACK_TOKENS, Scorer, checked_way, make_feed
 from visgain.selection import run_select
 from visgain.storage import (
+    CANDIDATES,
     read_json,
     read_selection_table,
     score_table,
@@ -66,12 +70,23 @@ class Decided(NamedTuple):
 
 
 class RefreshedRows(SelectedRows):
-    """All rows of a dataset, those of the selection first: each with what was decided for it, or as it was selected."""
+    """The rows that a selection was chosen from (`candidates`), those that it keeps first.
 
-    def __init__(self, dataset: Dataset, encoder: Encoder, selection: pa.Table, *, end_of_turn: str) -> None:
+    Each comes with what was decided for it, or as it was selected.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        encoder: Encoder,
+        selection: pa.Table,
+        candidates: Int64[np.ndarray, " n"],
+        *,
+        end_of_turn: str,
+    ) -> None:
         super().__init__(dataset, encoder, selection, end_of_turn=end_of_turn)
         selected = set(self.rows)
-        self.rows = [*self.rows, *(row for row in range(len(dataset)) if row not in selected)]
+        self.rows = [*self.rows, *(row for row in candidates.tolist() if row not in selected)]
 
     @property
     def n_selected(self) -> int:
@@ -228,6 +243,11 @@ def selection_record(config: TrainConfig) -> dict[str, Any]:
     record: dict[str, Any] = read_json(config.selection / "selection.json", "selection")
     if record["rule"] not in RULES:
         raise ConfigError(f"--refresh-every does not go with a selection by {record['rule']}; by {', '.join(RULES)}")
+    if not (config.selection / CANDIDATES).is_file():
+        raise ConfigError(
+            f"--refresh-every needs to know which rows {config.selection} was chosen from, and it has no {CANDIDATES}; "
+            "run `visgain select` again"
+        )
     return record
 
 

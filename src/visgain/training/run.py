@@ -16,7 +16,7 @@ from visgain.config import TrainConfig
 from visgain.data import reading
 from visgain.errors import ConfigError, StorageError
 from visgain.scored import open_as_scored
-from visgain.storage import claim_run, file_hash, read_json, write_json
+from visgain.storage import CANDIDATES, claim_run, file_hash, read_candidates, read_json, write_json
 from visgain.training.arguments import training_arguments
 from visgain.training.checkpoint import last_checkpoint
 from visgain.training.collate import Rows, SelectedRows, open_rows
@@ -77,8 +77,9 @@ def _train(config: TrainConfig) -> TrainSummary:
         )
     end_of_turn = scored.get("end_of_turn", "score")
     rows = open_rows(dataset, encoder, config.selection, end_of_turn=end_of_turn)
-    if config.refresh_every is not None and isinstance(rows, SelectedRows):
-        rows = RefreshedRows(dataset, encoder, rows.selection, end_of_turn=end_of_turn)
+    if config.refresh_every is not None and config.selection is not None and isinstance(rows, SelectedRows):
+        candidates = read_candidates(config.selection)
+        rows = RefreshedRows(dataset, encoder, rows.selection, candidates, end_of_turn=end_of_turn)
     done, checkpoint = from_first(lambda: _begin(config, recipe, dataset.fingerprint))
     if done is not None:
         return done
@@ -181,6 +182,9 @@ _FREE = ("packing", "pack_tokens", "gradient_checkpointing", "workers", "save_st
 def _identity(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
     """Everything that the trained model depends on."""
     selection = None if config.selection is None else file_hash(config.selection / "selection.parquet")
+    refreshed = {}
+    if config.refresh_every is not None and config.selection is not None:
+        refreshed = {"refresh_every": config.refresh_every, "candidates": file_hash(config.selection / CANDIDATES)}
     return {
         "model": model_name(config.model),
         "model_fingerprint": model_fingerprint(config.model),
@@ -190,6 +194,6 @@ def _identity(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> dic
         "seed": config.seed,
         "parallel": config.parallel,
         **({"projector": file_hash(config.projector)} if config.projector else {}),
-        **({"refresh_every": config.refresh_every} if config.refresh_every else {}),
+        **refreshed,
         **reading(config.columns, config.format),
     }
