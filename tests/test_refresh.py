@@ -15,9 +15,11 @@ from transformers import AutoModelForImageTextToText
 
 from visgain.config import ScoreConfig, SelectConfig, TrainConfig
 from visgain.errors import ConfigError, DataError, StorageError
+from visgain.scoring.engine import Engine
 from visgain.scoring.run import run_score
 from visgain.selection import run_select
 from visgain.storage import read_scores, read_selection_table, write_part, write_selection
+from visgain.training import refresh
 from visgain.training.refresh import RULES, Decided, Refresh, Rounds
 from visgain.training.run import run_train
 from visgain.training.trainer import SelectiveTrainer
@@ -223,6 +225,40 @@ def test_rows_that_were_not_scored_are_never_trained_on(blank_model: Path, small
     assert sorted(rows) == list(range(20))
 
 
+def test_rounds_without_a_picture_keep_their_text_whole_and_the_training_goes_on(
+    blank_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"from": "human", "value": "Say a word."}, {"from": "gpt", "value": "A word."}]
+    picture = {"image": "cup.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, turns[1]]}
+    Image.new("RGB", (72, 72), "red").save(tmp_path / "cup.png")
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([picture, *[{"conversations": turns}] * 11]))
+    run_score(ScoreConfig(model=str(blank_model), data=data, out=tmp_path / "scores"))
+    run_select(SelectConfig(scores=tmp_path / "scores", out=tmp_path / "selection", weights="clamp"))
+    ways: list[str] = []
+    monkeypatch.setattr(refresh, "Engine", lambda **options: ways.append(options["way"]) or Engine(**options))
+    config = TrainConfig(
+        model=str(blank_model),
+        data=data,
+        out=tmp_path / "out",
+        selection=tmp_path / "selection",
+        recipe="embedded-tune",
+        batch_size=2,
+        refresh_every=1,
+        seed=1,  # its first round has no picture
+    )
+    assert run_train(config).steps == 6
+    has_picture = []
+    for folder in rounds_of(config.out):
+        scores, kept = read_scores(folder / "scores"), read_selection_table(folder / "selection")
+        assert kept.column("row").to_pylist() == scores.column("row").to_pylist()
+        assert all(all(keep) for row, keep in zip(*map(kept.column, ("row", "keep")), strict=True) if row.as_py())
+        has_picture.append(0 in scores.column("row").to_pylist())
+    assert has_picture[0] is False
+    # What a round of text could not try is tried by the first with a picture.
+    assert ways[has_picture.index(True)] != "single"
+
+
 # ---------------------------------------------------------------- what cannot be
 
 
@@ -272,22 +308,9 @@ def test_a_training_does_not_go_on_with_other_rows_to_choose_from(
         run_train(config)
 
 
-def test_rounds_too_small_to_rank_say_what_to_do(tmp_path: Path, selection: Path, blank_model: Path) -> None:
-    turns = [{"from": "human", "value": "Say a word."}, {"from": "gpt", "value": "A word."}]
-    data = tmp_path / "data.json"
-    picture = {"image": "cup.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, turns[1]]}
-    Image.new("RGB", (72, 72), "red").save(tmp_path / "cup.png")
-    data.write_text(json.dumps([picture, *[{"conversations": turns}] * 11]))
-    run_score(ScoreConfig(model=str(blank_model), data=data, out=tmp_path / "scores"))
-    run_select(SelectConfig(scores=tmp_path / "scores", out=tmp_path / "selection"))
-    config = TrainConfig(
-        model=str(blank_model),
-        data=data,
-        out=tmp_path / "out",
-        selection=tmp_path / "selection",
-        recipe="embedded-tune",
-        batch_size=2,
-        refresh_every=1,
-    )
-    with pytest.raises(DataError, match="larger --refresh-every"):
+def test_a_model_that_can_no_longer_score_is_told(
+    blank_model: Path, small_world: Path, selection: Path, tmp_path: Path
+) -> None:
+    config = train_config(blank_model, small_world, selection, tmp_path / "out", learning_rate=1e30)
+    with pytest.raises(DataError, match=r"among the rows to come: .*row \d+: the model gave a non-finite"):
         run_train(config)

@@ -467,13 +467,26 @@ def test_the_rows_that_were_chosen_from_are_those_that_were_not_skipped(
     assert set(selection.rows.tolist()) < set(candidates)
 
 
+@pytest.mark.parametrize("options", [{}, {"weights": "clamp"}, {"keep_tokens": 20.0}, {"by": "sample"}], ids=str)
+def test_scores_of_text_alone_may_be_kept_whole(tmp_path: Path, options: dict[str, Any]) -> None:
+    records = [text_only(0, 2), text_only(3, 4)]
+    config = SelectConfig(scores=write_scores(tmp_path / "scores", records), out=tmp_path / "out", **options)
+    record = run_select(config, text_alone=True)
+    assert masks(storage.read_selection(tmp_path / "out")) == {0: [True] * 2, 3: [True] * 4}
+    assert record["tau"] is None
+    assert record["totals"]["text_only"] == 2
+    assert storage.read_candidates(tmp_path / "out").tolist() == [0, 3]
+
+
 # ---------------------------------------------------------------- bad input
 
 
-def test_scores_without_a_multimodal_row_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text_alone", [False, True])
+def test_scores_without_a_multimodal_row_are_refused(tmp_path: Path, text_alone: bool) -> None:
     records = [text_only(0, 2), Skipped(row=1, id="", reason="no image", n_images=1)]
-    with pytest.raises(DataError, match="nothing to rank, none of the 2 rows"):
-        select(tmp_path, records)
+    config = SelectConfig(scores=write_scores(tmp_path / "scores", records), out=tmp_path / "out")
+    with pytest.raises(DataError, match=r"nothing to rank, none of the 2 rows .* has an image; row 1: no image"):
+        run_select(config, text_alone=text_alone)
 
 
 def broken(tmp_path: Path, row: int, values: dict[str, Any]) -> Path:

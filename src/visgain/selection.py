@@ -53,12 +53,12 @@ from visgain.weights import UNIT, Hard, Weighting, exact_sums, parse_weights
 _REASONS_LISTED = 20
 
 
-def run_select(config: SelectConfig) -> dict[str, Any]:
+def run_select(config: SelectConfig, *, text_alone: bool = False) -> dict[str, Any]:
     """Decide, write the selection's files to `config.out`, and return what went to selection.json.
 
-    Raises ConfigError or UnknownName for an option that does not fit, DataError if there is nothing to rank or a
-    `column:NAME` cannot be used, StorageError if the scores are missing, damaged or unfinished, or the selection cannot
-    be written.
+    `text_alone`: rows may all be text-only, and are kept whole as beside others. Raises ConfigError or UnknownName for
+    an option that does not fit, DataError if there is nothing to rank or a `column:NAME` cannot be used, StorageError
+    if the scores are missing, damaged or unfinished, or the selection cannot be written.
     """
     weighting = parse_weights(config.weights)
     schema = SELECTION_SCHEMA if isinstance(weighting, Hard) else SOFT_SELECTION_SCHEMA
@@ -67,8 +67,8 @@ def run_select(config: SelectConfig) -> dict[str, Any]:
         def spill(schema: pa.Schema) -> Spill:
             return stack.enter_context(Spill(config.out, schema))
 
-        scores = _Scores(config, _survey(config, spill(_RANKED)))
-        rule = find_rule(scores, config)
+        scores = _Scores(config, _survey(config, spill(_RANKED), text_alone))
+        rule = find_rule(scores, config) if scores.survey.n_ranked else _NOTHING_RANKED
         tally, kept = _Tally(skipped=spill(_SKIPPED)), spill(schema)
         candidates = RowSet(scores.survey.n_rows)
         for decided in _decisions(scores, rule, weighting):
@@ -97,14 +97,17 @@ class _Survey:
     """What is known of the scores before their tokens are read."""
 
     n_rows: int  # no row of the scores is above n_rows - 1
+    n_ranked: int
     ranked: Spill  # row and value of the scored multimodal rows, under key 0
 
 
 _RANKED = pa.schema({"row": pa.int64(), "value": pa.float64()})
 
 
-def _survey(config: SelectConfig, ranked: Spill) -> _Survey:
-    """Raises DataError if no row can be ranked, or if --skipped refuses some; StorageError for a gain that is none."""
+def _survey(config: SelectConfig, ranked: Spill, text_alone: bool) -> _Survey:
+    """Raises DataError if no row can be ranked (`text_alone`: and some were skipped), or if --skipped refuses some;
+    StorageError for a gain that is none.
+    """
     ranked_by = _ranked_by(config)
     columns = list(dict.fromkeys(["row", "skip_reason", "n_images", "gain", ranked_by]))
     limit = read_json(config.scores / "run.json", "scores").get("n_rows", 1 << 40)
@@ -122,14 +125,15 @@ def _survey(config: SelectConfig, ranked: Spill) -> _Survey:
         first_skipped = heapq.nsmallest(3, [*first_skipped, *_pairs(skipped.sort_by("row").slice(0, 3))])
         n_rows = max(n_rows, int(all_rows.max()) + 1)
         n_all, n_ranked, n_skipped = n_all + len(table), n_ranked + len(row), n_skipped + len(skipped)
-    if n_ranked == 0:
-        raise DataError(f"{config.scores}: nothing to rank, none of the {n_all} rows is scored and has an image")
+    if n_ranked == 0 and not (text_alone and n_skipped == 0):
+        why = f"; row {first_skipped[0][0]}: {first_skipped[0][1]}" if first_skipped else ""
+        raise DataError(f"{config.scores}: nothing to rank, none of the {n_all} rows is scored and has an image{why}")
     if n_skipped and config.skipped == "error":
         first = "; ".join(f"row {row}: {reason}" for row, reason in first_skipped)
         raise DataError(
             f"{n_skipped} rows could not be scored ({first}); mend them and score again, or use --skipped drop"
         )
-    return _Survey(n_rows=n_rows, ranked=ranked)
+    return _Survey(n_rows=n_rows, n_ranked=n_ranked, ranked=ranked)
 
 
 def _ranked_by(config: SelectConfig) -> str:
@@ -267,6 +271,14 @@ class _Decided(_Batch):
     @property
     def kept(self) -> Bool[np.ndarray, " N"]:
         return np.asarray(self.n_active > 0)
+
+
+def _none(pool: Pool) -> Choice:
+    return Choice(chosen=np.zeros(len(pool.row), bool), active=np.zeros(len(pool.token_gain), bool))
+
+
+_NOTHING_RANKED = Rule(decide=_none)
+"""Of scores without a row to rank: there are no thresholds to find."""
 
 
 def _decisions(scores: _Scores, rule: Rule, weighting: Weighting) -> Iterator[_Decided]:

@@ -32,7 +32,7 @@ from visgain.counterfactuals import parse_condition
 from visgain.data import Dataset
 from visgain.errors import ConfigError, DataError
 from visgain.scoring.claims import Rank
-from visgain.scoring.engine import WAYS, Choice, Engine
+from visgain.scoring.engine import WAYS, Choice, Engine, Extent
 from visgain.scoring.feed import Feed, feed
 from visgain.scoring.plan import Plan, make_plan
 from visgain.scoring.run import PACK_TOKENS, Scorer, checked_way, make_feed
@@ -199,16 +199,17 @@ class Refresh:
             seed=said["seed"],
         )
         try:
-            run_select(config)
+            run_select(config, text_alone=True)  # the last round of an epoch may be a few rows, and all of them text
         except DataError as error:
-            raise DataError(f"cannot select among the rows to come: {error}; use a larger --refresh-every") from error
+            raise DataError(f"cannot select among the rows to come: {error}") from error
 
     def _engine(self, source: Feed, plan: Plan) -> Engine:
-        """In the way that agreed with the model's own forward when the first round was scored."""
-        if self._choice is None:
-            self._choice = checked_way(self._scoring, source, self.vlm, plan, list(WAYS))[1]
+        """In the way that agreed with the model's own forward when the first round with pictures was scored."""
+        choice = self._choice or checked_way(self._scoring, source, self.vlm, plan, list(WAYS))[1]
+        if choice.tried != Extent():  # a round of text alone tries nothing
+            self._choice = choice
         pack_tokens = PACK_TOKENS.get(self.vlm.device.type, PACK_TOKENS["cpu"])
-        return Engine(vlm=self.vlm, way=self._choice.way, pack_tokens=pack_tokens, tried=self._choice.tried)
+        return Engine(vlm=self.vlm, way=choice.way, pack_tokens=pack_tokens, tried=choice.tried)
 
     @cached_property
     def _selected(self) -> dict[str, Any]:
