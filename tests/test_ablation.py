@@ -610,7 +610,27 @@ def test_too_few_rows_to_hold_out_are_one_message_for_all_cells(tmp_path: Path, 
     config = AblateConfig(out=tmp_path, data=small_world / "data.json", recipe="embedded-tune", test_rows=50)
     with pytest.raises(ConfigError, match="--test-rows is 50, more than half of the"):
         run_ablation(config)
-    assert not list(tmp_path.glob("seed-*"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("images", "lost", "message"),
+    [
+        ([[], []], [], r"data\.json has no rows with pictures, and no others are tested"),
+        ([[], ["a.png"], ["b.png"]], ["a.png", "b.png"], r"with pictures can be read; row 1: .*a\.png"),
+    ],
+)
+def test_another_dataset_without_pictures_is_told_before_anything_is_trained(
+    tmp_path: Path, small_world: Path, images: list[list[str]], lost: list[str], message: str
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = write_rows(tmp_path / "other", images)
+    for name in lost:
+        (tmp_path / "other" / name).unlink()
+    config = AblateConfig(out=tmp_path / "out", data=small_world / "data.json", eval_data=other, recipe="embedded-tune")
+    with pytest.raises(DataError, match=message):
+        run_ablation(config)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from visgain.ablation.metrics import HELD_OUT, WORLD, Metric, numbers
-from visgain.ablation.on_data import PLACE, Division, divide, held_out_metrics, without_rows, write_tested
+from visgain.ablation.on_data import PLACE, Division, check_tested, divide, held_out_metrics, without_rows, write_tested
 from visgain.ablation.on_world import World
 from visgain.config import AblateConfig, EvalConfig, ScoreConfig, TrainConfig
 from visgain.data import Dataset, open_dataset, reading
@@ -136,9 +136,11 @@ class DataBench:
         return self.config.data
 
     def check(self) -> None:
-        """How many rows there are to hold out."""
+        """Whether there are rows to test on."""
         if self.config.eval_data is None:
             _ = self._division  # found now, and kept
+        else:
+            check_tested(_open(self.config, self.config.eval_data))
 
     def scores(self, counterfactual: str | None) -> Path:
         named = counterfactual or self.config.counterfactual

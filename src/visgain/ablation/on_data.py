@@ -96,7 +96,7 @@ def write_tested(dataset: Dataset, rows: Sequence[int], folder: Path) -> Path:
     place.json says where its pictures are, null for `folder` itself: {"image_root", "rows"}. Rows with a picture that
     cannot be read are left out and counted on stderr. Raises DataError if none is left.
     """
-    samples = [sample for row in rows if isinstance(sample := dataset[row], Sample) and _is_readable(sample)]
+    samples = [sample for row in rows if isinstance(sample := dataset[row], Sample) and _unreadable(sample) is None]
     if len(samples) < len(rows):
         print(f"visgain: {len(rows) - len(samples)} held-out rows cannot be read and are left out", file=sys.stderr)
     if not samples:
@@ -109,13 +109,30 @@ def write_tested(dataset: Dataset, rows: Sequence[int], folder: Path) -> Path:
     return folder
 
 
-def _is_readable(sample: Sample) -> bool:
+def check_tested(dataset: Dataset) -> None:
+    """Raise DataError unless some row has pictures, all of which can be read: only such rows are tested."""
+    wrong: str | None = None
+    for row in tqdm(range(len(dataset)), desc="looking for pictures", unit="row", delay=2, mininterval=0.5):
+        sample = dataset[row]
+        if isinstance(sample, Sample) and not sample.images:
+            continue
+        reason = _unreadable(sample) if isinstance(sample, Sample) else sample.reason
+        if reason is None:
+            return
+        wrong = wrong or f"row {row}: {reason}"
+    if wrong is None:
+        raise DataError(f"--eval-data: {dataset.path} has no rows with pictures, and no others are tested")
+    raise DataError(f"--eval-data: no row of {dataset.path} with pictures can be read; {wrong}")
+
+
+def _unreadable(sample: Sample) -> str | None:
+    """What is wrong with the pictures, or None."""
     try:
         for image in sample.images:
             image.open()
-    except ImageError:
-        return False
-    return True
+    except ImageError as error:
+        return str(error)
+    return None
 
 
 def _record(sample: Sample, images: Sequence[str]) -> dict[str, Any]:

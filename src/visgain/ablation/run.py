@@ -72,9 +72,9 @@ def run_ablation(config: AblateConfig) -> Ablation:
     arms = parse_arms(config.arms or DEFAULT)
     _check(config, arms)
     identity = _identity(config)
-    claim_run(config.out, identity, {"visgain": visgain.__version__})
     bench = cache(lambda seed: open_bench(config, seed))
-    bench(config.seed_list[0]).check()
+    bench(config.seed_list[0]).check()  # before --out belongs to a study that cannot be
+    claim_run(config.out, identity, {"visgain": visgain.__version__})
     cells = [Cell(out=config.out, seed=seed, arm=arm) for seed in config.seed_list for arm in arms]
     failures: dict[str, str] = {}
     pace = _Pace(total=len(cells), done=sum(cell.is_done for cell in cells))
