@@ -169,7 +169,7 @@ def cell(name: str, seed: int, accuracy: float, tokens: int = 100) -> dict[str, 
     kind = name.partition("@")[0]
     metrics = {metric["key"]: accuracy for metric in WORLD} | {"true_yes_rate": 0.5, "accuracy_by_topic": {"size": 1.0}}
     counts = {"rows": 10, "active_tokens": tokens, "steps": 5, "train_seconds": 2.0}
-    return {"name": name, "seed": seed, "arm": {"kind": kind}, "metrics": metrics, **counts}
+    return {"name": name, "seed": seed, "arm": {"kind": kind, "keep": 70.0}, "metrics": metrics, **counts}
 
 
 def invented(seeds: tuple[int, ...] = (0, 1, 2)) -> Ablation:
@@ -456,6 +456,7 @@ def test_more_arms_and_seeds_join_a_study_and_another_study_is_refused(
     whole: tuple[Path, Ablation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, before = whole
+    assert set(measured(before)) == {(arm, seed) for arm in ("vanilla", "vig@50") for seed in (0, 1)}
     done: list[str] = []
     original = ablation_run.run_cell
 
@@ -464,12 +465,20 @@ def test_more_arms_and_seeds_join_a_study_and_another_study_is_refused(
         return original(one, *rest)
 
     monkeypatch.setattr(ablation_run, "run_cell", noted)
-    grown = run_ablation(study(out, arms="aligned,vanilla,vig@50", seeds="0"))
+    grown = run_ablation(study(out, arms="aligned", seeds="0"))
     assert done == ["seed 0, aligned"]
-    aligned = grown.arms[0]
+    aligned, vanilla, vig = grown.arms
     assert aligned.counts == {"rows": 0, "active_tokens": 0, "steps": 0, "train_seconds": 0}
+    # What was finished before is in the result too, with the new arm beside it.
+    assert (aligned.name, vanilla, vig) == ("aligned", *before.arms)
+    assert (aligned.n, aligned.versus["accuracy"].n, grown.seeds) == (1, 1, (0, 1))
+    assert measured(before).items() < measured(grown).items()
+    told = (out / "table.md").read_text()
+    assert all(f"| {name} |" in told for name in ("aligned", "vanilla", "vig@50"))
+    assert "1 of 6 cells are missing." in told
     again = run_ablation(study(out))
-    assert measured(again) == measured(before)
+    assert [arm.name for arm in again.arms] == ["vanilla", "vig@50", "aligned"]
+    assert measured(again) == measured(grown)
     with pytest.raises(StorageError, match="rows: 24 there, 25 now"):
         run_ablation(study(out, rows=25))
 

@@ -6,7 +6,8 @@ out/seed-0/vig@70/error.txt why a cell failed, until it succeeds
 out/ablation.json           the numbers of every finished cell, and what follows from them; table.md, figure.svg
 
 A cell depends on its seed and its arm alone, so more arms and seeds can join later, and any number of processes can
-work on one folder: each cell is claimed by a lock that the operating system drops when its holder dies.
+work on one folder: each cell is claimed by a lock that the operating system drops when its holder dies. The result is
+that of all finished cells in the folder, whichever command they are of.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import visgain
-from visgain.ablation.arms import DEFAULT, Arm, parse_arms
+from visgain.ablation.arms import DEFAULT, KINDS, Arm, parse_arms
 from visgain.ablation.bench import Bench, bench_identity, bench_metrics, open_bench, recipe_name, recipe_of
 from visgain.ablation.figure import draw, panels
 from visgain.ablation.result import Ablation, summarise
@@ -195,15 +196,23 @@ def _identity(config: AblateConfig) -> dict[str, Any]:
 def _result(
     config: AblateConfig, cells: Sequence[Cell], failures: dict[str, str], identity: dict[str, Any]
 ) -> Ablation:
-    done = [read_json(cell.folder / CELL, "cell") for cell in cells if cell.is_done]
+    """Of every finished cell in the folder. Arms come as the command names them, then those that it does not name."""
+    done = [read_json(path, "cell") for path in config.out.glob(f"seed-*/*/{CELL}")]
+    arms = list(dict.fromkeys([*(cell.arm.name for cell in cells), *(cell["name"] for cell in _in_order(done))]))
     return summarise(
-        done,
-        arms=list(dict.fromkeys(cell.arm.name for cell in cells)),
-        seeds=config.seed_list,
+        sorted(done, key=lambda cell: (cell["seed"], arms.index(cell["name"]))),
+        arms=arms,
+        seeds=sorted({*config.seed_list, *(cell["seed"] for cell in done)}),
         metrics=bench_metrics(config),
         study={**identity["ablation"], "recipe": recipe_name(config)},
         failures=failures,
     )
+
+
+def _in_order(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the usual grid has its arms: by kind and by what they keep."""
+    kinds = [*KINDS, *(cell["arm"]["kind"] for cell in cells)]
+    return sorted(cells, key=lambda cell: (kinds.index(cell["arm"]["kind"]), cell["arm"]["keep"]))
 
 
 def write_ablation(out: Path, ablation: Ablation) -> None:
