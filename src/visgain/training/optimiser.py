@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from visgain.vlm.families import named_parts
+from visgain.vlm.families import part_of
 
 
 def divide_by_rate(optimizer: Optimizer, model: PreTrainedModel, rates: Mapping[str, float]) -> None:
     """Give the parameters of each part in `rates` a group of their own with that learning rate, before any step.
 
     `model` is the one that has the parts, whatever is wrapped around it. Adapters belong to the part that they are in.
+    A rate of a part that it does not have or train changes nothing.
     """
-    rate_of = {parameter: rate for part, rate in rates.items() for parameter in named_parts(model, (part,))}
+    rate_of = {parameter: rates[part] for parameter, part in part_of(model).items() if part in rates}
     divided = []
     for group in optimizer.param_groups:
         by_rate: dict[float, list[object]] = {}

@@ -16,7 +16,10 @@ from visgain.vlm.logits import output_head
 
 
 def prepare_model(vlm: VLM, recipe: Recipe) -> Any:
-    """The model with only the recipe's parts (and adapters) left trainable."""
+    """The model with only the recipe's parts (and adapters) left trainable.
+
+    Raises ModelError if it has not all of them.
+    """
     model = vlm.model
     if recipe.attention is not None:
         model.set_attn_implementation(recipe.attention)

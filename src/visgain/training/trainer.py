@@ -37,7 +37,8 @@ from visgain.training.ranks import from_first
 from visgain.training.recipe import Recipe
 from visgain.training.refresh import Decided, Refresh, Rounds
 from visgain.training.steps import Steps
-from visgain.vlm.logits import output_head, replaced_forward
+from visgain.vlm.families import in_no_part, part_of
+from visgain.vlm.logits import replaced_forward
 
 PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of a pack by default, by device."""
@@ -78,6 +79,8 @@ class SelectiveTrainer(CheckpointedTrainer):
         self.way = self._choose_way()
         self.pace = Pace(self.active_tokens)
         self.pictures_matter = trains_more_than_language(self._inner(self.model))
+        if self.is_world_process_zero() and (strays := in_no_part(self._inner(self.model))):
+            tqdm.write(f"visgain: stays frozen, being in no part that is known: {', '.join(strays)}", sys.stderr)
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
@@ -292,8 +295,8 @@ def _with_picture(rows: list[TrainingRow], silent: TrainingRow) -> list[list[Tra
 
 def trains_more_than_language(model: PreTrainedModel) -> bool:
     """Whether any part is trained whose gradients come through pictures."""
-    language = {id(p) for module in (model.get_decoder(), output_head(model)) for p in module.parameters()}
-    return any(p.requires_grad and id(p) not in language for p in model.parameters())
+    part = part_of(model)  # not get_decoder(), which is all of the body in Phi-4
+    return any(p.requires_grad and part.get(id(p)) != "language" for p in model.parameters())
 
 
 @contextmanager
