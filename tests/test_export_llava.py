@@ -382,6 +382,85 @@ def test_a_dataset_that_is_not_known_is_not_trained_on(llava: Case, tmp_path: Pa
     assert "data of __main__.Other is about to be loaded, and no dataset that is known here" in done.stderr
 
 
+DERIVED = """
+import torch
+from {module} import AutoTokenizer, LazySupervisedDataset, read_arguments
+from support import train
+
+{classes}
+
+if __name__ == "__main__":
+    arguments = read_arguments()
+    train(Derived(arguments.data_path, AutoTokenizer(arguments.tokenizer), arguments), arguments)
+"""
+OWN_LABELS = """
+class Derived(LazySupervisedDataset):
+    def __getitem__(self, i):
+        ids = torch.arange(2, 40 + len(self.list_data_dict[i]["conversations"][1]["value"]))
+        return {"input_ids": ids, "labels": ids.clone()}
+"""
+ASKS_ITS_PARENT = """
+class Derived(LazySupervisedDataset):
+    def __getitem__(self, i):
+        item = super().__getitem__(i)
+        return {**item, "flipped": i % 2 == 0}
+"""
+OF_ANOTHER_PARENT = """
+class Flipping:
+    def __getitem__(self, i):
+        return {**super().__getitem__(i), "flipped": True}
+
+class Middle(LazySupervisedDataset):
+    pass
+
+class Derived(Flipping, Middle):
+    pass
+"""
+
+
+def derived(case: Case, folder: Path, classes: str) -> Case:
+    """The same with a dataset class that is derived from the trainer's."""
+    module = case.fork.script.removesuffix(".py").replace("/", ".")
+    (folder / "derived.py").write_text(DERIVED.format(module=module, classes=classes))
+    return replace(case, fork=replace(case.fork, script=str(folder / "derived.py")))
+
+
+def test_a_derived_dataset_with_labels_of_its_own_is_not_trained_on(llava: Case, tmp_path: Path) -> None:
+    done = derived(llava, tmp_path, OWN_LABELS).run(workers=0)
+    assert done.returncode == 1
+    assert re.search(r"MaskError: row \d+: supervised label 0 is 2 ", done.stderr)
+
+
+@pytest.mark.parametrize("classes", [ASKS_ITS_PARENT, OF_ANOTHER_PARENT], ids=["its parent", "another parent"])
+def test_a_derived_dataset_that_asks_its_parent_is_held_to_the_masks_once(
+    llava: Case, classes: str, tmp_path: Path
+) -> None:
+    done = derived(llava, tmp_path, classes).run()
+    assert done.returncode == 0, done.stderr
+    assert {item["index"]: carrying(item["labels"]) for item in llava.said()} == llava.kept
+
+
+@pytest.mark.slow
+def test_a_derived_dataset_of_llava_nexts_is_held_to_the_masks(tmp_path: Path) -> None:
+    case = make_case(tmp_path, NEXT_QWEN)
+    done = derived(case, tmp_path, ASKS_ITS_PARENT).run(start_method="spawn")
+    assert done.returncode == 0, done.stderr
+    assert {item["index"]: carrying(item["labels"]) for item in case.said()} == case.kept
+
+
+def test_a_class_derived_from_nanovlms_that_makes_labels_of_its_own_is_refused(tmp_path: Path) -> None:
+    case = make_case(tmp_path, NANOVLM)
+    (tmp_path / "derived.py").write_text(
+        "from data.datasets import VQADataset\n"
+        "class Same(VQADataset):\n    pass\n"
+        "class Other(Same):\n    def _get_labels(self, input_ids, mask): return input_ids\n"
+        "Other([], None, None, 4)\n"
+    )
+    done = replace(case, fork=replace(NANOVLM, script=str(tmp_path / "derived.py"))).run()
+    assert done.returncode == 1
+    assert "Other changes _get_labels of nanoVLM's VQADataset" in done.stderr
+
+
 @pytest.mark.slow
 def test_open_qwen2vls_dataset_of_one_file_a_row_is_refused(tmp_path: Path) -> None:
     case = make_case(tmp_path, TRAINERS[8])

@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 8 visgain_launch.py scripts/pretrain.py ...
     python visgain_launch.py --check llava/train/train_mem.py ...      # read every row as in training, then stop
 
-Nothing of the trainer is changed on disk. Its dataset classes are recognised by name when they are defined, in whatever
-module, and the labels of each row are held to masks.safetensors, which lies beside this file. A trainer whose dataset
-is not known is stopped before it trains on all tokens.
+Nothing of the trainer is changed on disk. Its dataset classes, and classes derived from them, are recognised by name
+when they are defined, in whatever module, and the labels of each row are held to masks.safetensors, which lies beside
+this file. A trainer whose dataset is not known is stopped before it trains on all tokens.
 
 Needs torch (1.13 or newer) and the standard library (Python 3.9 or newer).
 """
@@ -57,10 +57,14 @@ class _State:
 
 
 def _recognise(cls: Any) -> None:
-    """Guard a dataset class that was just defined, if it is one that we know."""
+    """Guard a dataset class that was just defined, if it is one that we know or is derived from one."""
     name, own = cls.__name__, vars(cls)
     if name in LISTED and "__getitem__" in own:
         _guard_listed(cls, LISTED[name])
+    elif hasattr(cls, "_visgain_field") and not hasattr(cls.__getitem__, "_visgain"):
+        _guard_items(cls)  # derived, with a __getitem__ of its own or of another parent
+    elif hasattr(cls, "_visgain_base"):
+        _require_same_steps(cls)
     elif name == "VQADataset" and hasattr(cls, "_get_messages") and "_get_labels" in own:
         _guard_nanovlm(cls)
     elif name == "ConstantLengthDataset" and "_producer" in own:
@@ -95,25 +99,34 @@ def _guard_listed(cls: Any, field: str) -> None:
             self._visgain.turns = []  # only LLaVA-NeXT supervises more than answers
         self._visgain.verify(getattr(self, field))
 
+    cls._visgain_field = field
+    _after_init(cls, begin)
+    _guard_items(cls)
+    cls.__reduce_ex__ = _reduce
+    if "_get_item" in vars(cls):
+        _guard_neighbours(cls)
+
+
+def _guard_items(cls: Any) -> None:
+    """Hold the labels of `cls.__getitem__` to the masks."""
     getitem = cls.__getitem__
 
     @functools.wraps(getitem)
     def guarded(self: Any, index: Any) -> Any:
         guard: Guard = self._visgain
+        if guard.asked is not None:  # by a class that is derived from this one, and whose own item is held
+            return getitem(self, index)
         index = operator.index(index)
         guard.asked = index
         try:
             item = getitem(self, index)
         finally:
             guard.asked = None
-        has_image = getattr(self, field)[index].get("image") is not None
+        has_image = getattr(self, self._visgain_field)[index].get("image") is not None
         return {**item, "labels": guard.select(index, item, has_image)}
 
-    _after_init(cls, begin)
+    guarded._visgain = True  # type: ignore[attr-defined]
     cls.__getitem__ = guarded
-    cls.__reduce_ex__ = _reduce
-    if "_get_item" in vars(cls):
-        _guard_neighbours(cls)
 
 
 def _guard_neighbours(cls: Any) -> None:
@@ -140,6 +153,8 @@ def _guard_nanovlm(cls: Any) -> None:
         names = getattr(self.dataset, "column_names", None)
         if names is not None and ROW not in names:
             raise MaskError(f"nanoVLM's dataset has no column {ROW}; train on the tables that `visgain export` wrote")
+        if _State.options.check and not hasattr(self.dataset, "__len__"):
+            raise MaskError("--check asks for rows by their place; set stream_dataset to False in models/config.py")
         self._visgain = Guard(self.tokenizer, _State.options)
 
     get_messages, get_labels = cls._get_messages, cls._get_labels
@@ -159,6 +174,19 @@ def _guard_nanovlm(cls: Any) -> None:
     _after_init(cls, begin)
     cls._get_messages, cls._get_labels = messages, labels
     cls.__reduce_ex__ = _reduce
+    cls._visgain_base = cls
+
+
+def _require_same_steps(cls: Any) -> None:
+    """Of classes derived from nanoVLM's, those that go from a row to its labels in a way of their own are refused."""
+    steps = ("__getitem__", "iter_for_worker", "_process_data", "_get_messages", "_get_labels")
+    changed = [name for name in steps if getattr(cls, name, None) is not getattr(cls._visgain_base, name, None)]
+    if changed:
+        _refuse(
+            cls,
+            f"{cls.__qualname__} changes {', '.join(changed)} of nanoVLM's VQADataset, so its labels could not be held "
+            "to the masks; train with VQADataset itself",
+        )
 
 
 class _Raises:
@@ -292,7 +320,8 @@ def _rebuild(module: str, name: str, options: Options) -> Any:
     found = sys.modules.get("__mp_main__") if module == "__main__" and "__mp_main__" in sys.modules else None
     cls = operator.attrgetter(name)(found or importlib.import_module(module))
     if cls.__reduce_ex__ is not _reduce:  # its module was imported before us
-        _recognise(cls)
+        for each in reversed(cls.__mro__):
+            _recognise(each)
     _State.guarded = True
     return cls.__new__(cls)
 
