@@ -40,9 +40,10 @@ def soft(made: ExportConfig, tmp_path_factory: pytest.TempPathFactory) -> Export
 
 
 def exported(config: ExportConfig, to: str, out: Path) -> list[dict[str, Any]]:
-    """The rows of the table that is exported to a trainer."""
+    """The rows of the table that is exported to a trainer, in the dataset's order."""
     run_export(replace(config, to=to, out=out))
-    return pq.read_table(out / "train.parquet").to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(out / "train.parquet").to_pylist()
+    return sorted(rows, key=lambda row: int(row.get("visgain", "row 0").split()[-1]))
 
 
 def masks_of(config: ExportConfig, out: Path) -> Masks:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import ExifTags, Image
 
 import tiny_run
 from environments import commands
@@ -20,6 +21,7 @@ from visgain.config import ExportConfig, SelectConfig
 from visgain.data import open_dataset
 from visgain.errors import ConfigError
 from visgain.export.run import run_export
+from visgain.export.shims.masks import Masks
 from visgain.selection import run_select
 
 GUIDES = Path(__file__).parents[1] / "docs" / "trainers"
@@ -222,3 +224,36 @@ def test_one_level_rates_nothing(folder: Path) -> None:
     )
     with pytest.raises(ConfigError, match="levels is 1; there must be at least 2"):
         run_export(config)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def drawn(path: Path, *, exif: int | None = None, mode: str = "RGB", **options: Any) -> Path:
+    """A picture that is not square and has a dark top; `exif`: how it is to be turned."""
+    pixels = np.full((24, 40, 3), 200, np.uint8)
+    pixels[:8] = 20
+    tags = Image.Exif()
+    if exif is not None:
+        tags[ExifTags.Base.Orientation] = exif
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(path, exif=tags, **options)
+    return path
+
+
+def talk(image: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A ball."}]
+    return {"id": "a", "image": image, "conversations": turns}
+
+
+def test_llama_factorys_rows_with_pictures_come_first(tmp_path: Path) -> None:
+    """It takes the types of columns from the first rows, and no list of pictures for no column of pictures."""
+    drawn(tmp_path / "a.png")
+    without = {key: value for key, value in talk("").items() if key != "image"}
+    without["conversations"] = [{"from": "human", "value": "What?"}, without["conversations"][1]]
+    (tmp_path / "data.json").write_text(json.dumps([without, talk("a.png"), without, talk("a.png")]))
+    run_export(replace(select_rows(tmp_path, [0, 1, 2, 3]), to="llama-factory"))
+    rows = pq.read_table(tmp_path / "export/train.parquet").to_pylist()
+    assert [row["visgain"].split()[-1] for row in rows] == ["1", "3", "0", "2"]
+    assert [len(row["images"]) for row in rows] == [1, 1, 0, 0]
+    assert Masks(tmp_path / "export/masks.safetensors").rows.tolist() == [0, 1, 2, 3]

@@ -20,7 +20,7 @@ from visgain.errors import ConfigError
 from visgain.export.conversations import TABLE, messages_of, require_ends_of_turns, without_breaks, write_table
 from visgain.export.masks import MaskWriter, open_masks
 from visgain.export.pictures import picture_paths
-from visgain.export.rows import Selected
+from visgain.export.rows import KeptRow, Selected
 from visgain.export.shim import write_shim
 from visgain.export.shims.llama_factory import DATASET, TOKENIZED, row_text
 from visgain.storage import write_json, write_text
@@ -74,12 +74,27 @@ class LlamaFactory:
 
 
 def _rows(selected: Selected, masks: MaskWriter, out: Path) -> Iterator[dict[str, Any]]:
+    """The rows with pictures, then those without; masks stay in row order, since rows know their number.
+
+    LLaMA-Factory makes nothing of an empty list of pictures, and `datasets` takes the types from the first rows that
+    each of its processes sees: where these had no picture, it would fail on the first one that has.
+    """
     chat = selected.identity.get("template") == "chat"
+    text_only = 0
     for kept in selected:
         masks.add(kept)
-        messages = messages_of(kept.sample)
-        yield {
-            "messages": without_breaks(messages) if chat else messages,
-            "images": picture_paths(kept, out),
-            "visgain": row_text(kept.row),
-        }
+        if kept.sample.images:
+            yield _row(kept, out, chat)
+        else:
+            text_only += 1
+    if text_only:
+        yield from (_row(kept, out, chat) for kept in selected if not kept.sample.images)
+
+
+def _row(kept: KeptRow, out: Path, chat: bool) -> dict[str, Any]:
+    messages = messages_of(kept.sample)
+    return {
+        "messages": without_breaks(messages) if chat else messages,
+        "images": picture_paths(kept, out),
+        "visgain": row_text(kept.row),
+    }
