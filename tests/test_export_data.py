@@ -1,4 +1,4 @@
-"""A selection as data alone: filtered LLaVA JSON, and FineVision's ratings."""
+"""A selection as data alone: filtered LLaVA JSON, FineVision's ratings, and how exports name pictures."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from visgain.errors import ConfigError
 from visgain.export.run import run_export
 from visgain.export.shims.masks import Masks
 from visgain.selection import run_select
+from visgain.types import Sample
 
 GUIDES = Path(__file__).parents[1] / "docs" / "trainers"
 
@@ -244,6 +245,76 @@ def drawn(path: Path, *, exif: int | None = None, mode: str = "RGB", **options: 
 def talk(image: Any) -> dict[str, Any]:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A ball."}]
     return {"id": "a", "image": image, "conversations": turns}
+
+
+def exported_pictures(folder: Path, to: str, name: str = "data.json") -> list[str]:
+    """What the rows of `folder`/NAME call their pictures in an export to a trainer."""
+    config = replace(select_rows(folder, list(range(len(open_dataset(folder / name)))), name), to=to)
+    run_export(config)
+    if to == "llava":
+        return [row["image"] for row in json.loads((config.out / "data.json").read_text())]
+    return [row["images"][0] for row in pq.read_table(config.out / "train.parquet").to_pylist()]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+@pytest.mark.parametrize("to", ["llama-factory", "ms-swift", "llava"])
+def test_pictures_that_exif_turns_are_exported_upright(tmp_path: Path, to: str, name: str) -> None:
+    turned, same = drawn(tmp_path / name, exif=6), drawn(tmp_path / f"upright-{name}", exif=1)
+    (tmp_path / "data.json").write_text(json.dumps([talk(turned.name), talk(same.name)]))
+    first, second = exported_pictures(tmp_path, to)
+    with Image.open(tmp_path / "export" / first) as picture:  # as a trainer does
+        seen = np.asarray(picture.convert("RGB"))
+    [row] = [open_dataset(tmp_path / "data.json")[0]]
+    assert isinstance(row, Sample)
+    assert np.array_equal(seen, np.asarray(row.images[0].open()))
+    assert seen.shape == (40, 24, 3)
+    assert second == (same.name if to == "llava" else str(same))
+
+
+def test_another_picture_in_the_place_of_one_that_was_turned_is_exported_anew(tmp_path: Path) -> None:
+    drawn(tmp_path / "a.jpg", exif=6)
+    (tmp_path / "data.json").write_text(json.dumps([talk("a.jpg")]))
+    [before] = exported_pictures(tmp_path, "llava")
+    drawn(tmp_path / "a.jpg", exif=8, quality=50)
+    [after] = exported_pictures(tmp_path, "llava")
+    assert before != after
+
+
+def write_table_of(folder: Path, *pictures: Path) -> None:
+    rows = [talk({"bytes": picture.read_bytes(), "path": picture.name}) for picture in pictures]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "data.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "copied"),
+    [
+        ("a.jpg", {"quality": 60}, True),
+        ("a.webp", {}, True),
+        ("a.png", {"mode": "L"}, True),
+        ("a.jpg", {"exif": 3}, False),
+        ("a.jpg", {"mode": "CMYK"}, False),
+        ("a.bmp", {}, False),
+    ],
+)
+def test_bytes_of_tables_are_copied_where_nothing_is_to_be_converted(
+    tmp_path: Path, name: str, options: dict[str, Any], copied: bool
+) -> None:
+    picture = drawn(tmp_path / "source" / name, **options)
+    write_table_of(tmp_path, picture)
+    [path] = exported_pictures(tmp_path, "ms-swift", "data.parquet")
+    assert (Path(path).read_bytes() == picture.read_bytes()) == copied
+    assert Path(path).suffix == (picture.suffix if copied else ".png")
+    [row] = [open_dataset(tmp_path / "data.parquet")[0]]
+    assert isinstance(row, Sample)
+    with Image.open(path) as there:
+        assert np.array_equal(np.asarray(there.convert("RGB")), np.asarray(row.images[0].open()))
+
+
+def test_llama_factorys_export_names_its_own_pictures_by_their_place_in_it(tmp_path: Path) -> None:
+    write_table_of(tmp_path, drawn(tmp_path / "source/a.png"))
+    [name] = exported_pictures(tmp_path, "llama-factory", "data.parquet")
+    assert Path(name).parent == Path("images")
+    assert (tmp_path / "export" / name).is_file()
 
 
 def test_llama_factorys_rows_with_pictures_come_first(tmp_path: Path) -> None:

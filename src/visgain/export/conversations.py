@@ -1,4 +1,4 @@
-"""Conversations as a table that a trainer built on `datasets` reads: messages, and pictures as absolute paths.
+"""Conversations as a table that a trainer built on `datasets` reads: messages, and the paths of pictures.
 
 Parquet and not JSON, because `datasets` guesses the types of JSON from its first megabytes, and then fails on the first
 picture behind a long run of text-only rows.

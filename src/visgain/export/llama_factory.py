@@ -19,7 +19,7 @@ import pyarrow as pa
 from visgain.errors import ConfigError
 from visgain.export.conversations import TABLE, messages_of, require_ends_of_turns, without_breaks, write_table
 from visgain.export.masks import MaskWriter, open_masks
-from visgain.export.pictures import picture_paths
+from visgain.export.pictures import in_export, picture_paths
 from visgain.export.rows import KeptRow, Selected
 from visgain.export.shim import write_shim
 from visgain.export.shims.llama_factory import DATASET, TOKENIZED, row_text
@@ -93,8 +93,10 @@ def _rows(selected: Selected, masks: MaskWriter, out: Path) -> Iterator[dict[str
 
 def _row(kept: KeptRow, out: Path, chat: bool) -> dict[str, Any]:
     messages = messages_of(kept.sample)
+    paths = picture_paths(kept, out)
     return {
         "messages": without_breaks(messages) if chat else messages,
-        "images": picture_paths(kept, out),
+        # LLaMA-Factory looks in dataset_dir first, which is this folder wherever it is moved to.
+        "images": [in_export(path, out) or path for path in paths],
         "visgain": row_text(kept.row),
     }

@@ -18,7 +18,7 @@ from visgain.data.images import ImageFile
 from visgain.errors import ConfigError
 from visgain.export.conversations import require_ends_of_turns
 from visgain.export.masks import open_masks
-from visgain.export.pictures import picture_paths
+from visgain.export.pictures import in_export, picture_paths
 from visgain.export.rows import KeptRow, Selected
 from visgain.export.shim import write_shim
 from visgain.export.shims.llava_labels import record_key
@@ -128,10 +128,10 @@ def open_json(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 def llava_record(kept: KeptRow, out: Path) -> dict[str, Any]:
-    """A row as LLaVA has it. Pictures keep the dataset's path; those of tables and tars are written to `out`."""
+    """A row as LLaVA has it. Pictures keep the dataset's path, but for those that are written to `out`."""
     sample = kept.sample
     pairs = zip(sample.images, picture_paths(kept, out), strict=True)
-    names = [image.key if isinstance(image, ImageFile) else path for image, path in pairs]
+    names = [image.key if isinstance(image, ImageFile) and not in_export(path, out) else path for image, path in pairs]
     picture: dict[str, Any] = {"image": names[0] if len(names) == 1 else names} if names else {}
     turns = [{"from": _ROLES[turn.role], "value": turn.text} for turn in sample.turns]
     return {"id": sample.id, **picture, "conversations": turns}
