@@ -286,6 +286,7 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         ("score --model m --data d --out o --counterfactual blurr", "did you mean 'blur'?"),
         ("train --model m --data d --out o --batch-size 0", "--batch-size is 0; it must be positive"),
         ("train --model m --data d --out o --parts vison", 'Invalid value "vison" for --parts'),
+        ("train --model m --data d --out o --batch-size 6 --micro-batch 4", "--recipe tune: batch_size is 6, which is"),
         ("train --model m --data d --out o --recipe tone", "did you mean 'tune'?"),
         ("report --scores a --samples -1", "--samples is -1; it must not be negative"),
         ("demo --rows 7", "--rows is 7; it must be at least 8"),

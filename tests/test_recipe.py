@@ -6,22 +6,24 @@ import copy
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import yaml
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, get_scheduler
 
 from tiny_llava import clip_llava, qwen2_like, siglip_llava, vicuna_like
 from visgain.config import TrainConfig
 from visgain.data import open_dataset
 from visgain.errors import ConfigError
+from visgain.training.arguments import training_arguments
 from visgain.training.collate import Rows
 from visgain.training.prepare import prepare_model
-from visgain.training.recipe import RECIPES, Recipe, load_recipe, recipe_names, resolve_recipe
+from visgain.training.recipe import RECIPES, Recipe, Schedule, load_recipe, recipe_names, resolve_recipe
 from visgain.training.run import build_trainer, run_train
 from visgain.training.trainer import SelectiveTrainer
 from visgain.vlm.load import VLM, load_vlm
@@ -245,51 +247,108 @@ def captions(world: Path, out: Path) -> Path:
 # ---------------------------------------------------------------- what a recipe may say
 
 
+LEAST: dict[str, Any] = {"parts": ["vision"], "learning_rate": 1, "batch_size": 2, "micro_batch": 1}
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("values", "message"),
     [
-        ("learning_rat: 1", "did you mean 'learning_rate'"),
-        ("parts: [projector]", "missing"),
-        ("parts: [eyes]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1", "unknown part 'eyes'"),
-        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 3\nmicro_batch: 2", "not a multiple"),
-        ("parts: [vision]\nlearning_rate: fast\nbatch_size: 2\nmicro_batch: 1", "learning_rate is 'fast'"),
-        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 0", "micro_batch is 0"),
-        ("parts: [vision]\nlearning_rate: 1\nbatch_size: two\nmicro_batch: 1", "batch_size is 'two'"),
-        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nmax_steps: 2.5", "max_steps is 2.5"),
-        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nlearning_rates: 3", "a mapping of parts"),
-        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nlearning_rates: {eyes: 3}", "part 'eyes'"),
-        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nlearning_rates: {vision: x}", "is 'x'"),
-        ("parts: [language]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nvision_from_layer: 3", "not among"),
-        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nvision_from_layer: -1", "from_layer is -1"),
-        ("parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\ndtype: float16", "dtype is 'float16'"),
-        ("- a list", "mapping"),
-        ("a: [", "cannot read recipe"),
+        ({"learning_rat": 1}, "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ({"parts": ["eyes"]}, "parts is ['eyes']; it must be a list of vision, projector or language"),
+        ({"parts": "projector"}, "parts is 'projector'; it must be a list of vision"),
+        ({"batch_size": 3, "micro_batch": 2}, "batch_size is 3, which is not a multiple of micro_batch, 2"),
+        ({"batch_size": "two"}, "batch_size is 'two'; it must be a whole number from 1 on"),
+        ({"batch_size": 8.0}, "batch_size is 8.0; it must be a whole number from 1 on"),
+        ({"micro_batch": 0}, "micro_batch is 0; it must be a whole number from 1 on"),
+        ({"max_steps": 2.5}, "max_steps is 2.5; it must be a whole number from 1 on"),
+        ({"max_length": 7}, "max_length is 7; it must be a whole number from 8 on"),
+        ({"workers": -1}, "workers is -1; it must be a whole number from 0 on"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'; it must be a finite number from 0 on"),
+        ({"learning_rate": math.inf}, "learning_rate is inf; it must be a finite number"),
+        ({"learning_rate": math.nan}, "learning_rate is nan; it must be a finite number"),
+        ({"learning_rates": 3}, "learning_rates is 3; it must be a mapping of names, each to a finite number"),
+        ({"learning_rates": {"eyes": 3}}, "learning_rates has 'eyes'; its names are vision, projector or language"),
+        ({"learning_rates": {"vision": "x"}}, "learning_rates is {'vision': 'x'}; it must be a mapping"),
+        ({"epochs": 0}, "epochs is 0; it must be a finite number above 0"),
+        ({"epochs": True}, "epochs is True; it must be a finite number above 0"),
+        ({"warmup_ratio": 3}, "warmup_ratio is 3; it must be a finite number from 0 to below 1"),
+        ({"adam_beta2": 1.5}, "adam_beta2 is 1.5; it must be a finite number from 0 to below 1"),
+        ({"lora_rank": 4, "lora_dropout": 2}, "lora_dropout is 2; it must be a finite number from 0 to below 1"),
+        ({"gradient_checkpointing": "no"}, "gradient_checkpointing is 'no'; it must be true or false"),
+        ({"template": 5}, "template is 5; it must be a text"),
+        ({"dtype": "float16"}, "dtype is 'float16'; it must be float32 or bfloat16"),
+        ({"attention": "bogus"}, "attention is 'bogus'; it must be eager, sdpa"),
+        ({"schedule": "cosin"}, "schedule is 'cosin'; it must be constant, constant_with_warmup, cosine"),
+        ({"schedule": "reduce_lr_on_plateau"}, "schedule is 'reduce_lr_on_plateau'; it must be constant"),
+        ({"schedule": "polynomial", "learning_rate": 1e-7}, "with schedule polynomial it must be above 1e-7"),
+        ({"parts": ["language"], "vision_from_layer": 3}, "vision is not among"),
+        ({"vision_from_layer": -1}, "vision_from_layer is -1; it must be a whole number from 0 on"),
+        ({"parts": []}, "nothing to train"),
     ],
 )
-def test_a_wrong_recipe_is_one_clear_message(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
+def test_a_wrong_value_is_one_message_with_the_file_the_key_and_what_it_takes(
+    values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**LEAST, **values}))
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load_recipe(str(tmp_path / "mine.yaml"))
+    assert str(caught.value).startswith(f"{tmp_path / 'mine.yaml'}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [field.name for field in fields(Recipe)])
+def test_a_key_without_a_value_is_empty_unless_leaving_it_out_means_something(key: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**LEAST, key: None}))
+    if next(field.default for field in fields(Recipe) if field.name == key) is None:
+        assert getattr(load_recipe(str(tmp_path / "mine.yaml")), key) is None
+    else:
+        with pytest.raises(ConfigError, match=f"mine.yaml: {key} is empty; it must be "):
+            load_recipe(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"parts: [projector]", "missing learning_rate, batch_size, micro_batch"),
+        (b"- a list", "mapping"),
+        (b"a: [", "cannot read recipe"),
+        (b"a: 2024-99-99", "cannot read recipe"),
+        (b"\xff\xfe\x00\x81", "cannot read recipe"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe(str(tmp_path / "mine.yaml"))
+    assert str(tmp_path / "mine.yaml") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_every_schedule_that_a_recipe_may_name_can_be_built(schedule: str, small_world: Path, tmp_path: Path) -> None:
+    config = TrainConfig(model="tiny", data=small_world / "data.json", out=tmp_path, recipe="tune", device="cpu")
+    arguments = training_arguments(replace(resolve_recipe(config), schedule=schedule), config)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    rates = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=torch.optim.AdamW([weight], lr=1e-3),
+        num_warmup_steps=arguments.get_warmup_steps(10),
+        num_training_steps=10,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    assert all(0 <= rate <= 1e-3 for rate in rates.get_last_lr())
+
+
+@pytest.mark.skipif(any(map(find_spec, ("flash_attn", "kernels"))), reason="there is one")
+def test_an_attention_that_the_machine_lacks_is_one_message() -> None:
+    with pytest.raises(ConfigError, match="attention is 'flash_attention_2', which cannot be used here") as caught:
+        prepare_model(deep("llama"), replace(load_recipe("tune"), attention="flash_attention_2"))
+    assert str(caught.value).endswith("; leave it out, or take eager or sdpa")
 
 
 def test_a_learning_rate_written_without_a_point_is_a_number(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("parts: [vision]\nlearning_rate: 2e-5\nbatch_size: 2\nmicro_batch: 1")
     assert load_recipe(str(tmp_path / "mine.yaml")).learning_rate == 2e-5
-
-
-def test_an_unknown_schedule_is_one_clear_message(blank_model: Path, small_world: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(
-        "parts: [vision]\nlearning_rate: 1\nbatch_size: 2\nmicro_batch: 1\nschedule: cosin"
-    )
-    with pytest.raises(ConfigError, match="'cosin'"):
-        run_train(
-            TrainConfig(
-                model=str(blank_model),
-                data=small_world / "data.json",
-                out=tmp_path / "out",
-                recipe=str(tmp_path / "mine.yaml"),
-            )
-        )
 
 
 def test_an_unknown_recipe_suggests_the_nearest() -> None:

@@ -15,7 +15,6 @@ from accelerate.utils import enable_fsdp_ram_efficient_loading
 from tqdm import tqdm
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_utils import SchedulerType
 
 from visgain.config import TrainConfig
 from visgain.errors import ConfigError
@@ -30,12 +29,8 @@ PARALLEL = Path(__file__).parent / "parallel"
 def training_arguments(recipe: Recipe, config: TrainConfig) -> TrainingArguments:
     """The recipe in Trainer's words. From here on the processes that torchrun started know each other.
 
-    Raises ConfigError for an unknown schedule or a way to share that cannot be had.
+    Raises ConfigError for a way to share that cannot be had.
     """
-    if recipe.schedule not in {s.value for s in SchedulerType}:
-        raise ConfigError(
-            f"unknown schedule {recipe.schedule!r}: {suggest(recipe.schedule, (s.value for s in SchedulerType))}"
-        )
     use_cpu = config.device == "cpu" or not torch.cuda.is_available()
     sharding = _sharding(config.parallel)
     _check_processes(config)

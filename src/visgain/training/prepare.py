@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from visgain.errors import ConfigError
 from visgain.training.recipe import Recipe
 from visgain.vlm.families import named_parts, part_modules
-from visgain.vlm.load import VLM
+from visgain.vlm.load import LOADING, VLM, loading_reason
 from visgain.vlm.logits import output_head
 
 
@@ -22,13 +22,24 @@ def prepare_model(vlm: VLM, recipe: Recipe) -> Any:
     """
     model = vlm.model
     if recipe.attention is not None:
-        model.set_attn_implementation(recipe.attention)
+        _set_attention(model, recipe.attention)
     trained = named_parts(model, recipe.parts)
     if recipe.vision_from_layer is not None:
         trained -= named_parts(model, ("vision",)) - _upper_layers(model, recipe.vision_from_layer)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     return model if recipe.lora_rank is None else _with_lora(model, recipe, recipe.lora_rank)
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Let `model` compute attention by the implementation of this name. Raises ConfigError if it cannot."""
+    try:
+        model.set_attn_implementation(name)
+    except LOADING as error:
+        raise ConfigError(
+            f"the recipe's attention is {name!r}, which cannot be used here: {loading_reason(error).rstrip('.')}; "
+            "leave it out, or take eager or sdpa"
+        ) from error
 
 
 def set_precision(model: nn.Module, dtype: str) -> None:

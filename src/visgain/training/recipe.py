@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -14,103 +17,148 @@ from visgain.errors import ConfigError
 from visgain.registry import suggest
 
 RECIPES = Path(__file__).parent / "recipes"
-PARTS = ("vision", "projector", "language")
+
+
+class Rule(NamedTuple):
+    """What a number must be, beyond its type."""
+
+    said: str
+    holds: Callable[[float], bool]
+
+
+Count = Annotated[int, Rule("from 1 on", lambda number: number >= 1)]
+FromZero = Annotated[int, Rule("from 0 on", lambda number: number >= 0)]
+Length = Annotated[int, Rule("from 8 on", lambda number: number >= 8)]
+Above = Annotated[float, Rule("above 0", lambda number: number > 0)]
+Amount = Annotated[float, Rule("from 0 on", lambda number: number >= 0)]
+Share = Annotated[float, Rule("from 0 to below 1", lambda number: 0 <= number < 1)]
+Part = Literal["vision", "projector", "language"]
+Schedule = Literal[
+    "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "inverse_sqrt", "linear", "polynomial"
+]
+"""Trainer's schedules, save those that need values of their own (a least rate, a phase's steps) or an evaluation."""
+Attention = Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every value that training needs; the field names are the YAML keys."""
+    """Every value that training needs; the field names are the YAML keys, their types what a value is checked by."""
 
-    parts: tuple[str, ...]  # of vision, projector, language
-    vision_from_layer: int | None = None  # of the vision part, only its layers from this one on, counted from 0
-    learning_rate: float
-    learning_rates: Mapping[str, float] = field(default_factory=dict)  # of single parts in place of learning_rate
-    batch_size: int
-    micro_batch: int
-    epochs: float = 1.0
-    max_steps: int | None = None
-    schedule: str = "cosine"
-    cosine_cycles: float = 0.5  # 0.5 walks the cosine down to zero, less stops higher
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    loss_reduction: str = "global"  # or micro-batch
+    parts: tuple[Part, ...] = ()
+    vision_from_layer: FromZero | None = None  # of the vision part, only its layers from this one on, counted from 0
+    learning_rate: Amount
+    learning_rates: Mapping[str, Amount] = field(default_factory=dict)  # of single parts in place of learning_rate
+    batch_size: Count
+    micro_batch: Count
+    epochs: Above = 1.0
+    max_steps: Count | None = None
+    schedule: Schedule = "cosine"
+    cosine_cycles: Amount = 0.5  # 0.5 walks the cosine down to zero, less stops higher
+    warmup_ratio: Share = 0.03
+    weight_decay: Amount = 0.0
+    adam_beta2: Share = 0.999
+    max_grad_norm: Amount = 1.0  # 0 does not clip
+    loss_reduction: Literal["global", "micro-batch"] = "global"
     template: str = "auto"
-    max_length: int | None = None  # tokens, image tokens included; None: the template's
-    dtype: str = "float32"  # or bfloat16
-    packing: str = "auto"  # on, off, or on for models that can be trained in packs
-    pack_tokens: int | None = None  # in one pack; None: by device
-    save_steps: int = 500
+    max_length: Length | None = None  # tokens, image tokens included; None: the template's
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    packing: Literal["auto", "on", "off"] = "auto"  # auto: on for models that can be trained in packs
+    pack_tokens: Count | None = None  # in one pack; None: by device
+    save_steps: Count = 500
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    workers: int = 0  # processes that prepare batches; 0 prepares them in the training process
-    attention: str | None = None  # attention implementation of transformers; None takes the model's default
-    lora_rank: int | None = None
-    lora_alpha: float | None = None  # None: twice the rank
-    lora_dropout: float = 0.0
+    workers: FromZero = 0  # processes that prepare batches; 0 prepares them in the training process
+    attention: Attention | None = None  # implementation in transformers; None takes the model's default
+    lora_rank: Count | None = None
+    lora_alpha: Above | None = None  # None: twice the rank
+    lora_dropout: Share = 0.0
 
     def __post_init__(self) -> None:
         if self.batch_size % self.micro_batch:
-            raise ConfigError(f"batch size {self.batch_size} is not a multiple of micro batch {self.micro_batch}")
+            raise ConfigError(
+                f"batch_size is {self.batch_size}, which is not a multiple of micro_batch, {self.micro_batch}; "
+                "change either (--batch-size, --micro-batch)"
+            )
+        if self.schedule == "polynomial" and self.learning_rate <= 1e-7:
+            raise ConfigError(f"learning_rate is {self.learning_rate}; with schedule polynomial it must be above 1e-7")
         if not self.parts and self.lora_rank is None:
             raise ConfigError("nothing to train: the recipe names no parts and no lora_rank")
-        if self.loss_reduction not in ("global", "micro-batch"):
-            raise ConfigError(f"loss reduction is {self.loss_reduction!r}; it must be global or micro-batch")
-        if self.packing not in ("auto", "on", "off"):
-            raise ConfigError(f"packing is {self.packing!r}; it must be auto, on or off")
-        for part in (*self.parts, *self.learning_rates):
-            if part not in PARTS:
-                raise ConfigError(f"unknown part {part!r}; known: {', '.join(PARTS)}")
+        for part in self.learning_rates:
+            if part not in get_args(Part):
+                raise ConfigError(f"learning_rates has {part!r}; its names are {_words(Part)}")
         if self.vision_from_layer is not None and "vision" not in self.parts:
             raise ConfigError("vision_from_layer is set, but vision is not among the parts that are trained")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype is {self.dtype!r}; it must be float32 or bfloat16")
 
 
-_FROM_ZERO = ("workers", "vision_from_layer")
-_COUNTS = (
-    "batch_size",
-    "micro_batch",
-    "pack_tokens",
-    "save_steps",
-    "max_steps",
-    "max_length",
-    "lora_rank",
-    *_FROM_ZERO,
-)
-_NUMBERS = (
-    "learning_rate",
-    "epochs",
-    "warmup_ratio",
-    "cosine_cycles",
-    "weight_decay",
-    "adam_beta2",
-    "max_grad_norm",
-    "lora_alpha",
-    "lora_dropout",
-)
+# ---------------------------------------------------------------- what a value must be
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+@cache
+def _kinds() -> dict[str, Any]:
+    """The type of each key, with the rules that its numbers obey."""
+    return get_type_hints(Recipe, include_extras=True)
 
 
-def _as_number(value: Any) -> Any:
-    """2e-5, which YAML 1.1 takes for a text, as the number it is; anything else as it is."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether `value` is of the type `kind`. A truth value is no number here, and a number is finite."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _fits(value, inner[0]) and all(rule.holds(value) for rule in inner[1:])
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(one, inner[0]) for one in value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
-def _check_numbers(values: dict[str, Any], where: str) -> None:
+_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+
+
+def _words(kind: Any) -> str:
+    """What a value of the type `kind` is, for a message."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return " ".join((_words(inner[0]), *(rule.said for rule in inner[1:])))
+    if origin in (Union, UnionType):
+        return " or ".join(_words(one) for one in inner if one is not NoneType)
+    if origin is Literal:
+        return f"{', '.join(inner[:-1])} or {inner[-1]}"
+    if origin is tuple:
+        return f"a list of {_words(inner[0])}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a mapping of names, each to {_words(inner[1])}"
+    return _NAMES[kind]
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a value that is not what its key takes."""
     for name, value in values.items():
-        if value is None:
-            continue
-        if name in _COUNTS and not (_is_whole(value) and value >= (0 if name in _FROM_ZERO else 1)):
-            raise ConfigError(f"{where}: {name} is {value!r}; it must be a positive whole number")
-        if name in _NUMBERS and not (isinstance(value, int | float) and value >= 0):
-            raise ConfigError(f"{where}: {name} is {value!r}; it must be a number that is not negative")
+        if not _fits(value, _kinds()[name]):
+            said = "empty" if value is None else repr(value)
+            raise ConfigError(f"{name} is {said}; it must be {_words(_kinds()[name])}")
+
+
+def _read(value: Any, kind: Any) -> Any:
+    """2e-5, which YAML 1.1 takes for a text, as the number it is where `kind` says so; anything else as it is."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Annotated, Union, UnionType):
+        return _read(value, inner[0])
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return {key: _read(one, inner[1]) for key, one in value.items()}
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+# ---------------------------------------------------------------- from a file and from flags
 
 
 def recipe_names() -> list[str]:
@@ -126,8 +174,8 @@ def load_recipe(name: str) -> Recipe:
         raise ConfigError(f"no recipe and no file {name!r}: {suggest(name, recipe_names())}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read recipe {path}: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no text, or no such date
+        raise ConfigError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from error
     return _recipe(values, str(path))
 
 
@@ -138,24 +186,16 @@ def _recipe(values: Any, where: str) -> Recipe:
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}; {suggest(str(key), known)}")
+    values = {key: _read(value, _kinds()[key]) for key, value in values.items()}
+    needed = (one.name for one in fields(Recipe) if one.default is MISSING and one.default_factory is MISSING)
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise ConfigError(f"{where}: missing {', '.join(missing)}; every recipe says these")
     try:
-        values = {key: _as_number(value) if key in _NUMBERS else value for key, value in values.items()}
-        _check_numbers(values, where)
-        rates = _rates(values.get("learning_rates") or {}, where)
-        return Recipe(**{**values, "parts": tuple(values.get("parts") or ()), "learning_rates": rates})
-    except TypeError as error:
-        raise ConfigError(f"{where}: {str(error).replace('Recipe.__init__()', 'a recipe')}") from error
-
-
-def _rates(values: Any, where: str) -> dict[str, float]:
-    """Learning rates by part."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: learning_rates is a mapping of parts to numbers, as in {{projector: 2e-5}}")
-    rates = {str(part): _as_number(value) for part, value in values.items()}
-    for part, value in rates.items():
-        if not (isinstance(value, int | float) and value >= 0):
-            raise ConfigError(f"{where}: the learning rate of {part} is {value!r}; it must be a number")
-    return rates
+        _check(values)
+        return Recipe(**{**values, "parts": tuple(values.get("parts", ()))})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def resolve_recipe(config: TrainConfig) -> Recipe:
@@ -170,4 +210,8 @@ def resolve_recipe(config: TrainConfig) -> Recipe:
         given["parts"] = tuple(part for part in recipe.parts if part != "language")
     if "vision" not in given.get("parts", recipe.parts):
         given["vision_from_layer"] = None
-    return replace(recipe, **given)
+    try:
+        _check(given)
+        return replace(recipe, **given)
+    except ConfigError as error:
+        raise ConfigError(f"--recipe {config.recipe}: {error}") from None
