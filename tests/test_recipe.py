@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration, get_scheduler
 from tiny_llava import clip_llava, qwen2_like, siglip_llava, vicuna_like
 from visgain.config import TrainConfig
 from visgain.data import open_dataset
-from visgain.errors import ConfigError
+from visgain.errors import ConfigError, ModelError
 from visgain.training.arguments import training_arguments
 from visgain.training.collate import Rows
 from visgain.training.prepare import prepare_model
@@ -344,6 +344,15 @@ def test_an_attention_that_the_machine_lacks_is_one_message() -> None:
     with pytest.raises(ConfigError, match="attention is 'flash_attention_2', which cannot be used here") as caught:
         prepare_model(deep("llama"), replace(load_recipe("tune"), attention="flash_attention_2"))
     assert str(caught.value).endswith("; leave it out, or take eager or sdpa")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_as_scoring_tells_it(
+    blank_model: Path, small_world: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="--device cuda cannot be used here"):
+        run_train(train_config(blank_model, small_world, tmp_path / "out", device="cuda"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_learning_rate_written_without_a_point_is_a_number(tmp_path: Path) -> None:

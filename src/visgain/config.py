@@ -6,6 +6,8 @@ Imports nothing heavy, so that `visgain --help` is instant. Nouns mean the same 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,6 +24,17 @@ def _require(condition: bool, message: str) -> None:
 
 def _require_length(max_length: int | None) -> None:
     _require(max_length is None or max_length >= 8, f"--max-length is {max_length}; it must be at least 8 tokens")
+
+
+def _require_training(device: str, flag: str, seeds: Iterable[int]) -> None:
+    """A GPU by its number is nothing that Trainer takes, and other seeds numpy does not. `flag`: what says `seeds`."""
+    _require(
+        device in ("auto", "cpu", "cuda"),
+        f"--device is {device!r}; training takes auto, cpu or cuda, the GPUs that it sees: choose among several by "
+        "CUDA_VISIBLE_DEVICES",
+    )
+    for seed in seeds:
+        _require(0 <= seed < 1 << 32, f"{flag} is {seed}; it must be from 0 to {(1 << 32) - 1:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +266,7 @@ class TrainConfig:
     parallel: str = "ddp"
     """How processes share the model: ddp (each has it whole), fsdp, zero2, zero3, or a file of their settings."""
     device: str = "auto"
-    """cpu or auto, which takes a GPU for each process."""
+    """cpu, cuda (a GPU for each process), or auto, which takes GPUs if there are any."""
     report_to: tuple[str, ...] = ()
     """Experiment trackers of the Hugging Face Trainer, e.g. tensorboard."""
     max_pixels: int = 100_000_000
@@ -269,6 +282,15 @@ class TrainConfig:
         for name in counts:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; it must be positive")
+        _require(
+            self.epochs is None or 0 < self.epochs < math.inf,
+            f"--epochs is {self.epochs}; it must be a finite number above 0",
+        )
+        _require(
+            self.learning_rate is None or 0 <= self.learning_rate < math.inf,
+            f"--learning-rate is {self.learning_rate}; it must be a finite number from 0 on",
+        )
+        _require_training(self.device, "--seed", [self.seed])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -548,7 +570,7 @@ class AblateConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the forward pass in training [default: the recipe's]."""
     device: str = "auto"
-    """cpu or auto, which takes a GPU if there is one."""
+    """cpu, cuda, or auto, which takes a GPU if there is one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     keep_models: bool = False
@@ -569,6 +591,7 @@ class AblateConfig:
             "--benchmarks and --benchmark-data go together",
         )
         _require(len(set(self.seed_list)) == len(self.seed_list), f"--seeds names a seed twice: {self.seeds}")
+        _require_training(self.device, "one of --seeds", self.seed_list)
 
     @property
     def seed_list(self) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from visgain.errors import ConfigError
 from visgain.registry import suggest
 from visgain.scoring.claims import Rank
 from visgain.training.recipe import Recipe
+from visgain.vlm.load import pick_device
 
 PARALLEL = Path(__file__).parent / "parallel"
 """How a model is sharded, by name: settings of FSDP or DeepSpeed."""
@@ -29,8 +30,10 @@ PARALLEL = Path(__file__).parent / "parallel"
 def training_arguments(recipe: Recipe, config: TrainConfig) -> TrainingArguments:
     """The recipe in Trainer's words. From here on the processes that torchrun started know each other.
 
-    Raises ConfigError for a way to share that cannot be had.
+    Raises ConfigError for a way to share that cannot be had, ModelError for a GPU that is not there.
     """
+    if not torch.cuda.is_available():
+        pick_device(config.device)  # says so if a GPU is asked for; where there are some, each process takes its own
     use_cpu = config.device == "cpu" or not torch.cuda.is_available()
     sharding = _sharding(config.parallel)
     _check_processes(config)
