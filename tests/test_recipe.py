@@ -14,13 +14,15 @@ from typing import Any, get_args
 import pytest
 import torch
 import yaml
-from transformers import LlavaForConditionalGeneration, get_scheduler
+from transformers import GPT2Config, GPT2LMHeadModel, LlavaForConditionalGeneration, get_scheduler
 
+from parts import TOWERS, save
 from tiny_llava import clip_llava, qwen2_like, siglip_llava, vicuna_like
-from visgain.config import TrainConfig
+from visgain.config import AssembleConfig, TrainConfig
 from visgain.data import open_dataset
 from visgain.errors import ConfigError, ModelError
 from visgain.training.arguments import training_arguments
+from visgain.training.assemble import run_assemble
 from visgain.training.collate import Rows
 from visgain.training.prepare import prepare_model
 from visgain.training.recipe import RECIPES, Recipe, Schedule, load_recipe, recipe_names, resolve_recipe
@@ -28,6 +30,7 @@ from visgain.training.run import build_trainer, run_train
 from visgain.training.trainer import SelectiveTrainer
 from visgain.vlm.load import VLM, load_vlm
 from visgain.vlm.template import make_encoder
+from zoo.base import byte_tokenizer
 
 
 def train_config(blank_model: Path, small_world: Path, out: Path, **options) -> TrainConfig:
@@ -204,6 +207,33 @@ def test_adapters_stand_on_every_matrix_of_the_language_model_but_the_head(small
     assert all(".language_model.layers." in name for name in adapted)
     [config] = trainer.model.peft_config.values()
     assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (128, 256, 0.05, "none")
+
+
+def test_gpt_2_whose_layers_are_transposed_takes_adapters_too(small_world: Path, tmp_path: Path) -> None:
+    def gpt_2() -> tuple[Any, Any]:
+        tokenizer = byte_tokenizer(["<|endoftext|>"], bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, **ends)
+        return GPT2LMHeadModel(config), tokenizer
+
+    vision, language = save(TOWERS["clip"], tmp_path / "vision"), save(gpt_2, tmp_path / "language")
+    run_assemble(AssembleConfig(vision=str(vision), language=str(language), out=tmp_path / "base"))
+    lora = {"recipe": "tune", "lora_rank": 2, "parts": ("language",), "learning_rate": 0.1, "device": "cpu"}
+    run_train(train_config(tmp_path / "base", small_world, tmp_path / "out", max_steps=2, **lora))
+    before, after = (load_vlm(str(tmp_path / name), device="cpu").model.state_dict() for name in ("base", "out"))
+    changed = {name: tensor - before[name] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    layers = {f"{layer}.weight" for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert {name.rpartition(".h.0.")[2] for name in changed if ".h.0." in name} == layers
+    assert all(".h." in name and torch.linalg.matrix_rank(more, atol=1e-5) <= 2 for name, more in changed.items())
+
+
+def test_a_language_part_without_linear_layers_takes_no_adapters() -> None:
+    vlm = deep("llama")
+    vlm.model.model.language_model.layers = torch.nn.ModuleList()
+    with pytest.raises(
+        ConfigError, match="--lora-rank 2: the language part of LlavaForConditionalGeneration has no linear layers"
+    ):
+        prepare_model(vlm, replace(load_recipe("tune"), lora_rank=2))
 
 
 def test_a_step_from_layer_twelve_on_leaves_the_layers_below_as_they_were(small_world: Path, tmp_path: Path) -> None:
@@ -389,3 +419,22 @@ def test_flags_win_over_the_recipe() -> None:
     config = TrainConfig(model="m", data=Path("d"), out=Path("o"), learning_rate=5.0, parts=("vision",), batch_size=4)
     recipe = resolve_recipe(config)
     assert (recipe.learning_rate, recipe.parts, recipe.batch_size, recipe.micro_batch) == (5.0, ("vision",), 4, 4)
+
+
+@pytest.mark.parametrize(("recipe", "rank", "alpha"), [("lora", 8, 16), ("lora", None, 256), ("tune", 8, None)])
+def test_a_rank_keeps_the_recipes_ratio_of_alpha_to_it(recipe: str, rank: int | None, alpha: float | None) -> None:
+    config = TrainConfig(model="m", data=Path("d"), out=Path("o"), recipe=recipe, lora_rank=rank)
+    assert resolve_recipe(config).lora_alpha == alpha
+
+
+def test_with_adapters_the_language_part_is_trained_by_these_alone(tmp_path: Path) -> None:
+    config = TrainConfig(model="m", data=Path("d"), out=Path("o"), lora_rank=4)
+    assert resolve_recipe(config).parts == ("projector",)
+    for recipe in ("tune", "lora"):
+        named = resolve_recipe(replace(config, recipe=recipe, parts=("projector", "language")))
+        assert named.parts == ("projector",)
+        model = prepare_model(deep("llama"), named)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained == {name for name in trained if re.match(ADAPTERS, name)} != set()
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**LEAST, "parts": ["language"], "lora_rank": 4}))
+    assert load_recipe(str(tmp_path / "mine.yaml")).parts == ()

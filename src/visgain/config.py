@@ -232,7 +232,8 @@ class TrainConfig:
     parts: tuple[Literal["vision", "projector", "language"], ...] | None = None
     """Parts of the model to train; the others are frozen."""
     lora_rank: int | None = None
-    """Train low-rank adapters of this rank on the language part instead of its weights."""
+    """Train low-rank adapters of this rank on the language part instead of its weights; alpha stays in the recipe's
+    ratio to it, else is twice the rank."""
     epochs: float | None = None
     """Passes over the selected rows."""
     max_steps: int | None = None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from visgain.errors import ConfigError
 from visgain.training.recipe import Recipe
@@ -90,14 +91,19 @@ def _with_lora(model: PreTrainedModel, recipe: Recipe, rank: int) -> Any:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     head = output_head(model)
     language = {id(m) for part in part_modules(model, "language") for m in part.modules() if m is not head}
-    targets = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in language
-    ]
+    matrices = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) in language  # Conv1D: GPT-2's transposed linear layer
+    }
+    if not matrices:
+        raise ConfigError(f"--lora-rank {rank}: the language part of {type(model).__name__} has no linear layers")
     lora = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if recipe.lora_alpha is None else recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=targets,
+        target_modules=list(matrices),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in matrices.values()),
     )
     adapted = get_peft_model(model, lora)
     for parameter in trainable:

@@ -44,7 +44,7 @@ Attention = Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "fla
 class Recipe:
     """Every value that training needs; the field names are the YAML keys, their types what a value is checked by."""
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Part, ...] = ()  # with a lora_rank language is trained by its adapters alone, named here or not
     vision_from_layer: FromZero | None = None  # of the vision part, only its layers from this one on, counted from 0
     learning_rate: Amount
     learning_rates: Mapping[str, Amount] = field(default_factory=dict)  # of single parts in place of learning_rate
@@ -73,6 +73,9 @@ class Recipe:
     lora_dropout: Share = 0.0
 
     def __post_init__(self) -> None:
+        if self.lora_rank is not None:
+            # Adapters replace training of the language part itself.
+            object.__setattr__(self, "parts", tuple(part for part in self.parts if part != "language"))
         if self.batch_size % self.micro_batch:
             raise ConfigError(
                 f"batch_size is {self.batch_size}, which is not a multiple of micro_batch, {self.micro_batch}; "
@@ -205,9 +208,9 @@ def resolve_recipe(config: TrainConfig) -> Recipe:
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     if "batch_size" in given and "micro_batch" not in given:
         given["micro_batch"] = min(recipe.micro_batch, given["batch_size"])
-    if "lora_rank" in given and "parts" not in given:
-        # Adapters replace training of the language part itself; the projector stays as the recipe says.
-        given["parts"] = tuple(part for part in recipe.parts if part != "language")
+    if "lora_rank" in given and recipe.lora_alpha is not None and recipe.lora_rank is not None:
+        # The ratio is what scales the adapters.
+        given["lora_alpha"] = recipe.lora_alpha * given["lora_rank"] / recipe.lora_rank
     if "vision" not in given.get("parts", recipe.parts):
         given["vision_from_layer"] = None
     try:
