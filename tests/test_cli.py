@@ -286,6 +286,7 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         ("score --model m --data d --out o --counterfactual blurr", "did you mean 'blur'?"),
         ("train --model m --data d --out o --batch-size 0", "--batch-size is 0; it must be positive"),
         ("train --model m --data d --out o --parts vison", 'Invalid value "vison" for --parts'),
+        ("train --model m --data d --out o --parts vision eyes", 'Invalid value "eyes" for --parts'),
         ("train --model m --data d --out o --epochs 0", "--epochs is 0.0; it must be a finite number above 0"),
         ("train --model m --data d --out o --epochs nan", "--epochs is nan; it must be a finite number above 0"),
         ("train --model m --data d --out o --epochs inf", "--epochs is inf; it must be a finite number above 0"),
@@ -457,6 +458,18 @@ def test_lists_and_switches_can_stand_in_a_file(cli: Callable[..., Outcome], cal
     assert (called[0].follow_links, called[1].follow_links) == (False, True)
     assert called[0].learning_rate == 2e-5
     assert called[1].parts == ("vision",)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--parts vision projector --report-to tensorboard wandb --seed 1",
+        "--parts vision --parts projector --report-to tensorboard --report-to wandb",
+    ],
+)
+def test_several_names_can_follow_one_flag(cli: Callable[..., Outcome], called: list[Any], flags: str) -> None:
+    assert cli("train", "--model", "m", "--data", "d", "--out", "o", *flags.split()).code == 0
+    assert (called[0].parts, called[0].report_to) == (("vision", "projector"), ("tensorboard", "wandb"))
 
 
 def test_flags_win_over_the_file(cli: Callable[..., Outcome], called: list[Any], tmp_path: Path) -> None:

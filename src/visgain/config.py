@@ -229,8 +229,10 @@ class TrainConfig:
     """Data format or layout of rows, by a name of `visgain list` [default: as scored, or recognised]."""
     recipe: str = "tune"
     """Name of a recipe that ships with visgain, or a YAML file."""
-    parts: tuple[Literal["vision", "projector", "language"], ...] | None = None
-    """Parts of the model to train; the others are frozen."""
+    parts: Annotated[
+        tuple[Literal["vision", "projector", "language"], ...] | None, Parameter(consume_multiple=(1, None))
+    ] = None
+    """Parts of the model to train, as in --parts vision projector; the others are frozen."""
     lora_rank: int | None = None
     """Train low-rank adapters of this rank on the language part instead of its weights; alpha stays in the recipe's
     ratio to it, else is twice the rank."""
@@ -268,7 +270,7 @@ class TrainConfig:
     """How processes share the model: ddp (each has it whole), fsdp, zero2, zero3, or a file of their settings."""
     device: str = "auto"
     """cpu, cuda (a GPU for each process), or auto, which takes GPUs if there are any."""
-    report_to: tuple[str, ...] = ()
+    report_to: Annotated[tuple[str, ...], Parameter(consume_multiple=(1, None))] = ()
     """Experiment trackers of the Hugging Face Trainer, e.g. tensorboard."""
     max_pixels: int = 100_000_000
     """Refuse to decode larger pictures (decompression bombs)."""
