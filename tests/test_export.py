@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,7 @@ from visgain.export.masks import MASKS, open_masks, write_masks
 from visgain.export.rows import Selected, open_selected
 from visgain.export.run import RECORD, run_export
 from visgain.export.shim import shim_source
+from visgain.export.shims.hf import ROW, SelectiveCollator
 from visgain.export.shims.masks import IGNORED, MaskError, Masks, content_key
 
 
@@ -220,6 +222,85 @@ def test_more_labels_than_were_scored_stop(made: ExportConfig, tmp_path: Path) -
     n = len(row["token_id"])
     with pytest.raises(MaskError, match=f"{n + 1} labels are supervised, and {n} were scored; the first too many is 5"):
         masks.labels(masks.at(0), supervised([*row["token_id"], 5]))
+
+
+def test_what_the_scores_have_cut_carries_no_loss(
+    made: ExportConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    masks, row = masks_of(made, tmp_path), tiny_run.selected(made)[0]
+    labels = supervised([*row["token_id"], 5, 6])
+    ids = labels.masked_fill(labels == IGNORED, 7)
+    expected = supervised([t if k else IGNORED for t, k in zip(row["token_id"], row["keep"], strict=True)], after=4)
+    for length in (len(ids), len(ids) + 1):
+        masks.about["max_length"] = str(length)
+        for _ in range(2):
+            assert masks.labels(masks.at(0), labels, ids).tolist() == expected.tolist()
+    assert masks.told == {"cut": 4}
+    assert pickle.loads(pickle.dumps(masks)).told == {"cut": 4}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"row 0: {len(row['keep'])} of {len(row['keep']) + 2} labels were scored, as if the scores were cut at "
+        f"--max-length {len(ids)}; the others carry no loss; further rows like it are not told"
+    ]
+
+
+def test_labels_too_many_stop_in_a_row_that_the_scores_cannot_have_cut(made: ExportConfig, tmp_path: Path) -> None:
+    masks, row = masks_of(made, tmp_path), tiny_run.selected(made)[0]
+    labels = supervised([*row["token_id"], 5])
+    masks.about["max_length"] = str(2 * len(labels))
+    told = f"If the row was cut at --max-length {2 * len(labels)} when it was scored, score and select again with a lar"
+    with pytest.raises(MaskError, match=told):
+        masks.labels(masks.at(0), labels, labels)
+    padded = torch.cat([labels, torch.full((2 * len(labels),), IGNORED)])  # padding is no part of a row
+    with pytest.raises(MaskError, match=told):
+        masks.labels(masks.at(0), padded, padded)
+    masks.about["max_length"] = str(len(labels))
+    other = supervised([row["token_id"][0] + 1, *row["token_id"], 5])
+    with pytest.raises(MaskError, match="supervised label 0 is"):
+        masks.labels(masks.at(0), other, other)
+
+
+def test_a_row_that_goes_on_behind_its_last_label_is_not_cut(made: ExportConfig, tmp_path: Path) -> None:
+    """A template whose end of turn carries no loss looks like a cut, but for the token that is there."""
+    masks, row = masks_of(made, tmp_path), tiny_run.selected(made)[0]
+    labels = supervised([*row["token_id"][:-1], IGNORED])
+    ids = supervised(row["token_id"])
+    with pytest.raises(MaskError, match=f"the first missing is {row['token_id'][-1]}, and the row is not cut there"):
+        masks.labels(masks.at(0), labels, ids)
+    for behind in (IGNORED, row["token_id"][-1] + 1):  # padding, and a question
+        ids[-3] = behind
+        assert (masks.labels(masks.at(0), labels, ids) != IGNORED).sum() == sum(row["keep"][:-1])
+
+
+def test_a_row_is_cut_only_at_the_trainers_own_length(made: ExportConfig, tmp_path: Path) -> None:
+    masks, row = masks_of(made, tmp_path), tiny_run.selected(made)[0]
+    labels = supervised(row["token_id"][:-1], after=0)
+    ids = labels.masked_fill(labels == IGNORED, 7)
+    assert (masks.labels(masks.at(0), labels, ids, len(ids)) != IGNORED).sum() == sum(row["keep"][:-1])
+    with pytest.raises(MaskError, match="and the row is not cut there"):
+        masks.labels(masks.at(0), labels, ids, len(ids) + 1)
+
+
+def test_a_collators_batch_says_where_its_rows_end(made: ExportConfig, tmp_path: Path) -> None:
+    masks, row = masks_of(made, tmp_path), tiny_run.selected(made)[0]
+    labels = supervised([*row["token_id"][:-1], IGNORED])[None]
+    ids = supervised(row["token_id"])[None]
+    for attended, stops in ((torch.ones_like(ids), True), ((labels != IGNORED).long(), False)):  # or it is padding
+        batch = {"input_ids": ids, "attention_mask": attended, "labels": labels}
+        collator = SelectiveCollator(lambda rows, batch=batch: dict(batch), masks)
+        with pytest.raises(MaskError, match="the row is not cut there") if stops else nullcontext():
+            assert (collator([{ROW: row["row"]}])["labels"] != IGNORED).sum() == sum(row["keep"][:-1])
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_an_empty_answer_is_told_where_it_may_be_the_reason(made: ExportConfig, tmp_path: Path, first: bool) -> None:
+    masks, row = masks_of(made, tmp_path), tiny_run.selected(made)[0]
+    end = row["token_id"][-1]
+    answers = [end, *row["token_id"]] if first else [*row["token_id"], end]
+    with pytest.raises(MaskError, match="If one of its answers is empty, that is why"):
+        masks.labels(masks.at(0), supervised(answers))
+    with pytest.raises(MaskError) as error:
+        masks.labels(masks.at(0), supervised([end + 1, *row["token_id"][1:]]))
+    assert "empty" not in str(error.value)
 
 
 def test_a_row_that_is_not_kept_is_told(made: ExportConfig, tmp_path: Path) -> None:

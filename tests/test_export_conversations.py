@@ -149,15 +149,16 @@ def test_tokens_of_a_former_export_are_not_taken_for_new_ones(made: ExportConfig
 # ---------------------------------------------------------------- LLaMA-Factory
 
 
-def tokenised(tools: str, labels: list[int], masks: Masks) -> tuple[list[int], list[int], str]:
+def tokenised(tools: str, labels: list[int], masks: Masks, cutoff_len: int = 999) -> tuple[list[int], list[int], str]:
     """What the shim makes of LLaMA-Factory's own result, and the tools that LLaMA-Factory saw."""
+    processor = SimpleNamespace(data_args=SimpleNamespace(cutoff_len=cutoff_len))
     seen = []
 
     def encode(processor: Any, *, tools: str, **row: Any) -> tuple[list[int], list[int]]:
         seen.append(tools)
         return [7] * len(labels), labels
 
-    ids, held = llama_factory.selective(encode, masks)(None, tools=tools, prompt=[], response=[])
+    ids, held = llama_factory.selective(encode, masks)(processor, tools=tools, prompt=[], response=[])
     return ids, held, seen[0]
 
 
@@ -189,6 +190,26 @@ def test_another_template_stops_llama_factory(made: ExportConfig, tmp_path: Path
         tokenised(llama_factory.row_text(kept["row"]), supervised(drifted), masks_of(made, tmp_path))
 
 
+def test_a_row_is_shorter_only_where_llama_factory_cuts_it(made: ExportConfig, tmp_path: Path) -> None:
+    kept, masks = tiny_run.selected(made)[0], masks_of(made, tmp_path)
+    tools, labels = llama_factory.row_text(kept["row"]), supervised(kept["token_id"])[:-2]
+    assert tokenised(tools, labels, masks, cutoff_len=len(labels))[1] == [IGNORED, IGNORED, *active(kept)[:-1]]
+    with pytest.raises(MaskError, match=r"the first missing is .*, and the row is not cut there"):
+        tokenised(tools, labels, masks, cutoff_len=len(labels) + 1)
+
+
+def test_answers_that_llama_factory_keeps_and_the_scores_do_not_carry_no_loss(
+    made: ExportConfig, tmp_path: Path
+) -> None:
+    """It cuts questions first, so a row of the same maximal length holds more of its answer."""
+    kept, masks = tiny_run.selected(made)[0], masks_of(made, tmp_path)
+    tools, labels = llama_factory.row_text(kept["row"]), [IGNORED, *kept["token_id"], 5, 5]
+    masks.about["max_length"] = "2048"
+    assert tokenised(tools, labels, masks, cutoff_len=len(labels))[1] == [IGNORED, *active(kept), IGNORED, IGNORED]
+    with pytest.raises(MaskError, match=r"the first too many is 5\. If the row was cut at --max-length 2048 when"):
+        tokenised(tools, labels, masks)
+
+
 def test_tokenisation_takes_its_own_options_alone_and_never_a_cache() -> None:
     options = {"template": "llava", "cutoff_len": 9, "seed": 3, "deepspeed": "z3.json", "bf16": True, "stage": "dpo"}
     kept = llama_factory.tokenising(options, {"template", "cutoff_len", "overwrite_cache"}, "scratch")
@@ -218,8 +239,13 @@ class Template:
     """What the plugin needs of ms-swift's class: rows are encoded as `result` says, and what they hold is noted."""
 
     tokenizer = SimpleNamespace(decode=str)
+    max_length = 999
 
-    def __init__(self, result: Any) -> None:
+    def __init__(self, result: Any, loss_scale: str = "default", truncation_strategy: str = "raise") -> None:
+        self.loss_scale = SimpleNamespace(base_strategy=loss_scale)
+        self.truncation_strategy = truncation_strategy
+        if isinstance(result, dict) and result.get("labels") is not None:
+            result["input_ids"] = [7] * len(result["labels"])
         self.result, self.seen = result, []
 
     def _encode_truncated(self, inputs: Any) -> Any:
@@ -247,7 +273,8 @@ def test_the_plugin_holds_labels_to_the_row_that_an_answer_names(made: ExportCon
     for row, kept in zip(rows, tiny_run.selected(made), strict=True):
         template = kind({"labels": supervised(kept["token_id"]), "loss_scale": None})
         encoded = template._encode_truncated(SimpleNamespace(messages=row["messages"]))
-        assert encoded == {"labels": supervised(active(kept)), "loss_scale": None}
+        labels = supervised(active(kept))
+        assert encoded == {"labels": labels, "loss_scale": None, "input_ids": [7] * len(labels)}
         assert not any(message.get("loss_scale") for message in template.seen[0])
 
 
@@ -290,6 +317,31 @@ def test_no_exception_of_ours_can_be_caught_by_ms_swift(made: ExportConfig, tmp_
         template({"labels": [*kept["token_id"][:1], 10**6]})._encode_truncated(messages(kept["row"]))
     with pytest.raises(SystemExit, match="split"):
         template([{"labels": kept["token_id"]}])._encode_truncated(messages(kept["row"]))
+
+
+@pytest.mark.parametrize(
+    "option", [{"loss_scale": "last_round"}, {"truncation_strategy": "left"}], ids=lambda option: next(iter(option))
+)
+def test_ms_swift_may_not_leave_first_turns_out(made: ExportConfig, tmp_path: Path, option: dict[str, str]) -> None:
+    """What is left may begin as they do, and would get their masks."""
+    kept = tiny_run.selected(made)[0]
+    [(name, value)] = option.items()
+    template = template_class(masks_of(made, tmp_path))({"labels": kept["token_id"]}, **option)
+    with pytest.raises(SystemExit, match=f"visgain: --{name} {value} .*; use --{name} (default|right)"):
+        template._encode_truncated(messages(kept["row"]))
+    other = template_class(masks_of(made, tmp_path))({"labels": [3]}, **option)
+    assert other._encode_truncated(messages(None))["labels"] == [3]
+
+
+def test_a_row_is_shorter_only_where_ms_swift_cuts_it(
+    made: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, labels = tiny_run.selected(made)[0], tiny_run.selected(made)[0]["token_id"][:-1]
+    kind = template_class(masks_of(made, tmp_path))
+    with pytest.raises(SystemExit, match="and the row is not cut there"):
+        kind({"labels": labels})._encode_truncated(messages(kept["row"]))
+    monkeypatch.setattr(kind, "max_length", len(labels))
+    assert kind({"labels": labels})._encode_truncated(messages(kept["row"]))["labels"] == active(kept)[:-1]
 
 
 def test_a_row_that_ms_swift_leaves_out_is_told_once(

@@ -73,6 +73,12 @@ def test_another_template_stops_before_anything_is_written(llama_factory: Enviro
     assert not (folder / "drift").exists()
 
 
+def test_training_on_last_turns_alone_is_refused(llama_factory: Environment, folder: Path) -> None:
+    said = tokenise(llama_factory, "mask_history=true", "tokenized_path=last")
+    assert said.startswith("visgain: mask_history has LLaMA-Factory train on the last turn of each row alone")
+    assert not (folder / "last").exists()
+
+
 def test_llama_factory_alone_refuses_the_dataset(llama_factory: Environment, folder: Path) -> None:
     done = llama_factory.run(["llamafactory-cli", "train", "train.yaml", "tokenized_path=forgotten", "output_dir=none"])
     assert done.returncode != 0

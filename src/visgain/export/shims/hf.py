@@ -59,12 +59,23 @@ class SelectiveCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Any:
         masks = [self.masks.of(_number(row)) for row in rows]
         batch = self.collator([_without_number(row) for row in rows])
-        labels = batch["labels"]
-        weights = torch.stack([self.masks.weights(mask, labels[k]) for k, mask in enumerate(masks)])
+        labels, ids = batch["labels"], _ids(batch)
+        weights = torch.stack(
+            [self.masks.weights(mask, labels[k], None if ids is None else ids[k]) for k, mask in enumerate(masks)]
+        )
         batch["labels"] = labels.masked_fill(weights == 0, IGNORED)
         if self.weights:
             batch[WEIGHT] = weights
         return batch
+
+
+def _ids(batch: Any) -> torch.Tensor | None:
+    """What stands at each label, -100 for padding; None where the batch does not say."""
+    ids: torch.Tensor | None = batch.get("input_ids")
+    attended = batch.get("attention_mask")
+    if ids is None or attended is None or not ids.shape == attended.shape == batch["labels"].shape:
+        return None
+    return ids.masked_fill(attended == 0, IGNORED)
 
 
 def _number(row: dict[str, Any]) -> int:

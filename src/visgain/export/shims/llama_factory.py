@@ -40,7 +40,8 @@ def selective(encode: Callable[..., Any], masks: Masks) -> Callable[..., Any]:
             return encode(processor, tools=tools, **row)  # type: ignore[no-any-return]
         input_ids, labels = encode(processor, tools="", **row)
         mask = masks.of(int(tools[len(_MARK) :]))
-        return input_ids, masks.labels(mask, torch.tensor(labels)).tolist()
+        longest = processor.data_args.cutoff_len
+        return input_ids, masks.labels(mask, torch.tensor(labels), torch.tensor(input_ids), longest).tolist()
 
     return encode_selected
 
@@ -76,6 +77,11 @@ def tokenise(options: dict[str, Any], masks: Masks, scratch: str) -> Path:
 
     known = {field.name for kind in (DataArguments, BaseModelArguments, ProcessorArguments) for field in fields(kind)}
     model, data, training, _, _ = get_train_args(tokenising(options, known, scratch))
+    if data.mask_history:
+        raise MaskError(
+            "mask_history has LLaMA-Factory train on the last turn of each row alone, and the selection is of the "
+            "tokens of all turns; leave it out of the configuration"
+        )
     tokenizer = load_tokenizer(model)
     masks.decode = tokenizer["tokenizer"].decode
     SupervisedDatasetProcessor._encode_data_example = selective(SupervisedDatasetProcessor._encode_data_example, masks)

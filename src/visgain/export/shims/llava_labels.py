@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -44,7 +43,7 @@ class Guard:
         self.turns = _turns_of(tokenizer)
         self.asked: int | None = None  # the row that the trainer was asked for
         self.row: Any = None  # nanoVLM's: the row that is in work
-        self.told: dict[str, int] = {}
+        self.told = self.masks.told  # with "mismatch": rows without any label
 
     def verify(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Raises MaskError unless `records` are the rows of data.json, all of them, in its order."""
@@ -73,8 +72,10 @@ class Guard:
             self._mismatched(mask.row, len(mask.token_id))
             return labels
         labels = _answers_only(item["input_ids"], labels, self.turns)
-        labels = self._without_excess(mask, labels, has_image or self._is_long(item["input_ids"]))
-        return self.masks.labels(mask, labels)
+        # Trainers cut a row when its pictures have become tokens, which is after the dataset; scores are cut already.
+        if has_image:
+            labels = self.masks.without_excess(mask, labels)
+        return self.masks.labels(mask, labels, item["input_ids"])
 
     def _mismatched(self, row: int, n_tokens: int) -> None:
         """A row whose every label is -100: LLaVA's way to say that its own counting of tokens did not add up."""
@@ -91,34 +92,6 @@ class Guard:
             )
         if count & (count - 1) == 0:  # the first, second, fourth ...
             logger.warning("%s. %d such rows so far in this process, trained on without any loss", text, count)
-
-    def _is_long(self, input_ids: Tensor) -> bool:
-        return len(input_ids) > int(self.masks.about.get("max_length") or sys.maxsize)
-
-    def _without_excess(self, mask: Any, labels: Tensor, may_be_cut: bool) -> Tensor:
-        """`labels` without those behind the last scored token, where the scores may end early.
-
-        Trainers cut a row when its pictures have become tokens, which is after the dataset; scores are cut already.
-        """
-        found = (labels != IGNORED).nonzero()[:, 0]
-        n_scored = len(mask.token_id)
-        if not may_be_cut or len(found) <= n_scored or "max_length" not in self.masks.about:
-            return labels
-        if not torch.equal(labels[found[:n_scored]].to(torch.int32), mask.token_id):
-            return labels  # and the comparison says what differs
-        if "cut" not in self.told:
-            logger.warning(
-                "row %d: %d of %d labels were scored, as if the scores were cut at --max-length %s; the others carry "
-                "no loss; further rows like it are not told",
-                mask.row,
-                n_scored,
-                len(found),
-                self.masks.about["max_length"],
-            )
-        self.told["cut"] = self.told.get("cut", 0) + 1
-        labels = labels.clone()
-        labels[found[n_scored:]] = IGNORED
-        return labels
 
 
 def _turns_of(tokenizer: Any) -> list[tuple[list[int], list[int]]]:

@@ -22,6 +22,10 @@ IGNORED = -100
 
 logger = logging.getLogger("visgain")
 
+_NEARLY = 0.9
+"""The part of --max-length from which on a row may have been cut there: its prompt may be shorter in the trainer, as it
+is without a system prompt."""
+
 _TYPES = {"I64": torch.int64, "I32": torch.int32, "F32": torch.float32, "BOOL": torch.bool}
 
 
@@ -53,7 +57,8 @@ class Masks:
     def __init__(self, path: Any, decode: Callable[[list[int]], str] | None = None) -> None:
         self.path = str(path)
         self.decode = decode
-        self._told_cut = False
+        self.told: dict[str, int] = {}  # "cut": rows whose scores end early
+        self._told_short = False
         self._open()
 
     def _open(self) -> None:
@@ -77,7 +82,7 @@ class Masks:
         self._by_key: dict[int, list[int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "decode": self.decode, "_told_cut": self._told_cut}
+        return {"path": self.path, "decode": self.decode, "told": self.told, "_told_short": self._told_short}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -118,52 +123,107 @@ class Masks:
         found = labels[labels != IGNORED]
         return [index for index in self._by_key.get(key, ()) if _begins(self.at(index).token_id, found)]
 
-    def labels(self, mask: Mask, labels: Tensor) -> Tensor:
-        """`labels` [T] with -100 on every supervised token that is not to carry loss. Raises MaskError as `weights`."""
-        return labels.masked_fill(self.weights(mask, labels) == 0, IGNORED)
+    def labels(self, mask: Mask, labels: Tensor, ids: Tensor | None = None, longest: int | None = None) -> Tensor:
+        """`labels` [T] with -100 on every supervised token that is not to carry loss. Otherwise as `weights`."""
+        return labels.masked_fill(self.weights(mask, labels, ids, longest) == 0, IGNORED)
 
-    def weights(self, mask: Mask, labels: Tensor) -> Tensor:
+    def weights(self, mask: Mask, labels: Tensor, ids: Tensor | None = None, longest: int | None = None) -> Tensor:
         """The weight of each position of `labels` [T], float32: 0 where it is -100 or not to carry loss.
 
         The k-th label other than -100 must be the k-th token that was scored. A row that ends early (cut at the
-        trainer's own maximal length) keeps the mask of what is left. Raises MaskError at the first difference.
+        trainer's own maximal length) keeps the mask of what is left, and of one whose scores end early (cut at
+        --max-length) nothing behind them carries loss. Raises MaskError at the first difference.
+
+        `ids` [T]: the row's input ids, -100 for padding; without them every row may have ended early, and no scores.
+        `longest`: the trainer's maximal length, where it is known: shorter rows cannot have been cut.
         """
+        n_scored = len(mask.token_id)
+        if ids is not None and self._may_be_cut(int((ids != IGNORED).sum()), longest):
+            labels = self.without_excess(mask, labels)
         supervised = labels != IGNORED
         found = labels[supervised].to(device="cpu")
-        if not _begins(mask.token_id, found):
+        if not _begins(mask.token_id, found) or (
+            ids is not None and len(found) < n_scored and _goes_on(mask, labels, ids, longest)
+        ):
             raise MaskError(self._difference(mask, found))
-        if len(found) < len(mask.token_id) and not self._told_cut:
-            self._told_cut = True
+        if len(found) < n_scored and not self._told_short:
+            self._told_short = True
             logger.warning(
                 "row %d: %d of %d answer tokens that were scored are supervised, as if cut at a maximal length; "
                 "further rows like it are not told",
                 mask.row,
                 len(found),
-                len(mask.token_id),
+                n_scored,
             )
         weights = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
         weights[supervised] = mask.weight[: len(found)].to(labels.device)
         return weights
 
+    def without_excess(self, mask: Mask, labels: Tensor) -> Tensor:
+        """`labels` [T] without those behind the last scored token, for a row that may have been cut when scored."""
+        supervised = (labels != IGNORED).nonzero()[:, 0]
+        n_scored = len(mask.token_id)
+        scored = labels[supervised[:n_scored]].to(device="cpu")
+        if len(supervised) <= n_scored or "max_length" not in self.about or not _begins(mask.token_id, scored):
+            return labels
+        if "cut" not in self.told:
+            logger.warning(
+                "row %d: %d of %d labels were scored, as if the scores were cut at --max-length %s; the others carry "
+                "no loss; further rows like it are not told",
+                mask.row,
+                n_scored,
+                len(supervised),
+                self.about["max_length"],
+            )
+        self.told["cut"] = self.told.get("cut", 0) + 1
+        labels = labels.clone()
+        labels[supervised[n_scored:]] = IGNORED
+        return labels
+
+    def _may_be_cut(self, length: int, longest: int | None) -> bool:
+        """Whether a row of this length in the trainer may have been longer than --max-length when it was scored."""
+        if "max_length" not in self.about:
+            return False
+        # What the trainer has cut was longer, and LLaMA-Factory cuts questions to keep answers.
+        return length >= _NEARLY * int(self.about["max_length"]) or (longest is not None and length >= longest)
+
     def _difference(self, mask: Mask, found: Tensor) -> str:
         """What differs first, and what to do about it."""
         scored, here = mask.token_id.tolist(), found.tolist()
-        at = next((k for k, (a, b) in enumerate(zip(scored, here)) if a != b), len(scored))  # noqa: B905 Python 3.9
-        if at == len(scored):
-            what = (
-                f"{len(here)} labels are supervised, and {at} were scored; the first too many is {self._name(here[at])}"
-            )
-        else:
+        n_same = min(len(scored), len(here))
+        at = next((k for k in range(n_same) if scored[k] != here[k]), n_same)
+        counts = f"{len(here)} labels are supervised, and {len(scored)} were scored"
+        if at < n_same:
             what = f"supervised label {at} is {self._name(here[at])}, and {self._name(scored[at])} was scored"
+        elif len(here) > len(scored):
+            what = f"{counts}; the first too many is {self._name(here[at])}"
+        else:
+            what = f"{counts}; the first missing is {self._name(scored[at])}, and the row is not cut there"
         said = [f"{name} {self.about[name]}" for name in ("model", "template", "max_length") if name in self.about]
         hint = ""
         if self.about.get("end_of_turn") == "ignore":
             hint = "; the scores leave out the ends of turns, so the trainer must too, or score without --end-of-turn"
         return (
-            f"row {mask.row}: {what}. Tokenizer, chat template or the trainer's choice of supervised tokens differ "
-            f"from what was scored ({', '.join(said) or 'nothing is known of it'}){hint}. Train with those, or score "
-            "and select again with a model folder that holds this trainer's tokenizer and chat template"
+            f"row {mask.row}: {what}. {self._reason(scored, here, at)}Tokenizer, chat template or the trainer's choice "
+            f"of supervised tokens differ from what was scored ({', '.join(said) or 'nothing is known of it'}){hint}. "
+            "Train with those, or score and select again with a model folder that holds this trainer's tokenizer and "
+            "chat template"
         )
+
+    def _reason(self, scored: list[int], here: list[int], at: int) -> str:
+        """What else than another template may have made the difference at `at`."""
+        # Two ends of turns in a row, or one before anything else: an answer without a token.
+        if at < len(here) and here[at] == here[-1] and (at == 0 or here[at - 1] == here[at]):
+            return (
+                "If one of its answers is empty, that is why: the trainer supervises the end of such a turn, and none "
+                "was scored; leave such rows out of the dataset and score again. Otherwise: "
+            )
+        if at == len(scored) and "max_length" in self.about:
+            return (
+                f"If the row was cut at --max-length {self.about['max_length']} when it was scored, score and select "
+                "again with a larger one, and larger than the trainer's. Otherwise: "
+            )
+        return ""
 
     def _name(self, token: int) -> str:
         return str(token) if self.decode is None else f"{token} ({self.decode([token])!r})"
@@ -172,3 +232,13 @@ class Masks:
 def _begins(scored: Tensor, found: Tensor) -> bool:
     """Whether the ids `found` [a] are the first of `scored` [A]."""
     return len(found) <= len(scored) and bool(torch.equal(scored[: len(found)].to(found.dtype), found))
+
+
+def _goes_on(mask: Mask, labels: Tensor, ids: Tensor, longest: int | None) -> bool:
+    """Whether a row with fewer labels than scored tokens is not cut, but has the next one without a label."""
+    if longest is not None:
+        return int((ids != IGNORED).sum()) < longest
+    supervised = (labels != IGNORED).nonzero()[:, 0].tolist()
+    # A row may be cut in a question: it ends behind its last label, but not with the token that comes next.
+    behind = ids[supervised[-1] + 1 :] if supervised else ids[:0]
+    return len(behind) > 0 and int(behind[0]) == int(mask.token_id[len(supervised)])

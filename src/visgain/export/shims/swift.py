@@ -44,10 +44,10 @@ class Labels:
         # ms-swift divides by the number of active tokens, so weights are told in units of their mean.
         self.unit = self.masks.columns["weight"].sum(dtype=torch.float64).item() / active if masks.soft else 1.0
 
-    def hold(self, row: int | None, encoded: Any) -> None:
+    def hold(self, row: int | None, encoded: Any, longest: int | None) -> None:
         """Change `labels` [T] (and `loss_scale` [T], if the selection is soft) of an encoded row in place.
 
-        `row`: None for a row of another dataset, whose every label weighs 1. Raises MaskError.
+        `row`: None for a row of another dataset, whose every label weighs 1. `longest`: --max_length. Raises MaskError.
         """
         if isinstance(encoded, list):
             raise MaskError("--truncation_strategy split cuts rows in pieces, whose tokens cannot be told apart")
@@ -58,7 +58,8 @@ class Labels:
         if row is None:
             weights = (labels != IGNORED).float()
         else:
-            weights = self.masks.weights(self.masks.of(row), labels) / self.unit
+            ids = torch.as_tensor(encoded["input_ids"])
+            weights = self.masks.weights(self.masks.of(row), labels, ids, longest) / self.unit
             encoded["labels"] = labels.masked_fill(weights == 0, IGNORED).tolist()
         if self.masks.soft:
             encoded["loss_scale"] = weights.tolist()
@@ -74,6 +75,8 @@ def install(template: Any, labels: Labels) -> None:
     @functools.wraps(encode)
     def held(self: Any, inputs: Any) -> Any:
         row = take_row(inputs.messages)
+        if row is not None:
+            _require_all_turns(self)
         try:
             encoded = encode(self, inputs)
         except ValueError as error:
@@ -83,13 +86,27 @@ def install(template: Any, labels: Labels) -> None:
             raise
         labels.masks.decode = self.tokenizer.decode
         try:
-            labels.hold(row, encoded)
+            labels.hold(row, encoded, self.max_length)
         except MaskError as error:
             raise SystemExit(f"visgain: {error}") from error
         return encoded
 
     held.visgain = True  # type: ignore[attr-defined]
     template._encode_truncated = held
+
+
+def _require_all_turns(template: Any) -> None:
+    """Ends the training if ms-swift was told to leave first turns out: what is left may begin as they do."""
+    if template.loss_scale.base_strategy == "last_round":
+        option, does = "--loss_scale last_round", "trains on the last turn of each row alone"
+    elif template.truncation_strategy == "left":
+        option, does = "--truncation_strategy left", "cuts rows where they begin"
+    else:
+        return
+    raise SystemExit(
+        f"visgain: {option} {does}, and the selection is of the tokens of all turns, from the first on; use "
+        f"{'--loss_scale default' if option.endswith('round') else '--truncation_strategy right'}"
+    )
 
 
 def main() -> None:
