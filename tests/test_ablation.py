@@ -625,8 +625,8 @@ def test_too_few_rows_to_hold_out_are_one_message_for_all_cells(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("images", "lost", "message"),
     [
-        ([[], []], [], r"data\.json has no rows with pictures, and no others are tested"),
-        ([[], ["a.png"], ["b.png"]], ["a.png", "b.png"], r"with pictures can be read; row 1: .*a\.png"),
+        ([[], []], [], r"data\.json has no rows with pictures, and no others are tested; name another one"),
+        ([[], ["a.png"], ["b.png"]], ["a.png", "b.png"], r"can be read \(row 1: .*a\.png.*\); check --image-root"),
     ],
 )
 def test_another_dataset_without_pictures_is_told_before_anything_is_trained(

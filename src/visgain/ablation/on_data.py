@@ -121,8 +121,11 @@ def check_tested(dataset: Dataset) -> None:
             return
         wrong = wrong or f"row {row}: {reason}"
     if wrong is None:
-        raise DataError(f"--eval-data: {dataset.path} has no rows with pictures, and no others are tested")
-    raise DataError(f"--eval-data: no row of {dataset.path} with pictures can be read; {wrong}")
+        raise DataError(
+            f"--eval-data: {dataset.path} has no rows with pictures, and no others are tested; name another one, or "
+            "leave the option out to hold out rows of --data"
+        )
+    raise DataError(f"--eval-data: no row of {dataset.path} with pictures can be read ({wrong}); check --image-root")
 
 
 def _unreadable(sample: Sample) -> str | None:
