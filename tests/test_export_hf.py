@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -208,6 +209,37 @@ def test_soft_weights_may_count_alike(folder: Path, export: Callable[..., Any]) 
     assert sorted(collated(batches[: -(-len(rows) // 4)])) == sorted(expected(folder, alike))
 
 
+@masks_of_answers
+def test_other_data_is_evaluated_and_mixed_in_with_a_word(
+    folder: Path, export: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = export(SOFT)
+    monkeypatch.setitem(SETTINGS, "gradient_accumulation_steps", -(-(len(rows) + 4) // 4))
+    monkeypatch.setitem(SETTINGS, "max_steps", 1)
+    trainer, batches, _ = run_guide(
+        ("SelectiveCollator(collator, masks", "SelectiveCollator(collator, masks, True, others=True"),
+        ("train_dataset=SelectedRows(rows, masks)", "train_dataset=[*SelectedRows(rows, masks), *rows[:4]]"),
+    )
+    other = [{"row": row, "keep": 1.0} for row in range(4)]
+    assert sorted(collated(batches)) == sorted(expected(folder, [*rows, *other]))
+    data = json.loads((folder / "data.json").read_text())[:4]
+    plain = transformers.Trainer(
+        model=trainer.model, args=trainer.args, data_collator=trainer.data_collator.collator, eval_dataset=data
+    )
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4)
+
+
+@masks_of_answers
+def test_evaluation_on_other_data_stops_without_that_word(
+    folder: Path, export: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export()
+    monkeypatch.setitem(SETTINGS, "max_steps", 1)
+    trainer, _, _ = run_guide()
+    with pytest.raises(ValueError, match=r"no 'visgain_row'.*an eval_dataset.*others=True"):
+        trainer.evaluate(json.loads((folder / "data.json").read_text())[:4])
+
+
 # ---------------------------------------------------------------- the pieces
 
 
@@ -230,6 +262,55 @@ def test_a_number_in_the_messages_is_found_and_taken_out(folder: Path, export: C
     batch = SelectiveCollator(collator, Masks(folder / "export" / "masks.safetensors"))([{"messages": [message]}])
     assert (batch["labels"][0] != IGNORED).tolist() == rows[1]["keep"]
     assert seen == [{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]}]
+
+
+def test_a_number_is_found_behind_a_message_that_somebody_added(folder: Path, export: Callable[..., Any]) -> None:
+    """`datasets.map` gives a system message in front the field as None."""
+    rows = export()
+    added = {"role": "system", "content": "Be brief.", ROW: None}
+    messages = [added, {"role": "user", "content": "What?", ROW: rows[1]["row"]}]
+    labels = torch.tensor([rows[1]["token_id"]])
+    collator = SelectiveCollator(lambda _: {"labels": labels}, Masks(folder / "export" / "masks.safetensors"))
+    assert (collator([{"messages": messages}])["labels"][0] != IGNORED).tolist() == rows[1]["keep"]
+
+
+@pytest.mark.parametrize("row", [{ROW: None, "text": ""}, {"messages": [{"role": "user", "content": "", ROW: None}]}])
+def test_a_row_whose_number_is_none_is_told_what_to_do(
+    folder: Path, export: Callable[..., Any], row: dict[str, Any]
+) -> None:
+    export()
+    collator = SelectiveCollator(lambda _: {}, Masks(folder / "export" / "masks.safetensors"))
+    with pytest.raises(MaskError, match=r"no 'visgain_row', only '(text|messages)': .*SelectedRows.*others=True"):
+        collator([row])
+
+
+def test_a_row_of_other_data_keeps_its_labels_and_is_told_once(
+    folder: Path, export: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = export(SOFT)
+    ours = torch.tensor(rows[0]["token_id"])
+    other = torch.full_like(ours, IGNORED)
+    other[0] = 7
+    masks = Masks(folder / "export" / "masks.safetensors")
+    collator = SelectiveCollator(lambda _: {"labels": torch.stack([ours, other])}, masks, weights=True, others=True)
+    with caplog.at_level(logging.WARNING, logger="visgain"):
+        for _ in range(2):
+            batch = collator([{ROW: rows[0]["row"]}, {"text": "What?"}])
+    assert torch.equal(batch["labels"][1], other)
+    assert batch[WEIGHT].tolist() == [pytest.approx(rows[0]["weight"]), (other == 7).float().tolist()]
+    [told] = caplog.messages
+    assert "a row has no 'visgain_row', only 'text', and keeps all of its labels" in told
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8,), (3, 8)])
+def test_a_collator_that_packs_or_drops_rows_is_told(
+    folder: Path, export: Callable[..., Any], shape: tuple[int, ...]
+) -> None:
+    rows = export()
+    labels = torch.full(shape, IGNORED)
+    collator = SelectiveCollator(lambda _: {"labels": labels}, Masks(folder / "export" / "masks.safetensors"))
+    with pytest.raises(MaskError, match=r"labels of shape \[.*8\] from 2 rows.* neither packs nor drops rows"):
+        collator([{ROW: rows[0]["row"]}, {ROW: rows[1]["row"]}])
 
 
 def test_a_step_without_any_label_is_a_loss_of_zero() -> None:

@@ -30,6 +30,7 @@ from visgain.world.dataset import write_world
 pytestmark = pytest.mark.integration
 
 GUIDE = Path(__file__).parents[1] / "docs/trainers/trl.md"
+SOFT = "clamp:low=0.001,high=0.1,window=1"
 
 RECORD = """\
 import json
@@ -46,7 +47,7 @@ SFTTrainer.training_step = recorded
 """
 
 TELL = """
-losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+losses = [log[name] for log in trainer.state.log_history for name in ("loss", "eval_loss") if name in log]
 json.dump({"batches": steps, "losses": losses}, open("seen.json", "w"))
 """
 
@@ -95,13 +96,22 @@ def guide() -> str:
     return blocks(GUIDE, "python")[0]
 
 
+def soft_guide() -> str:
+    """The guide's code, with its trainer for soft weights."""
+    plain, mixin = blocks(GUIDE, "python")
+    before, trainer, after = plain.partition("trainer = SFTTrainer(")
+    assert trainer
+    after = replaced(after, ("SelectiveCollator(collator, masks)", "collator"))
+    return f"{before}{mixin}trainer = WeightedTrainer({after}"
+
+
 def run(trl: Environment, made: Made, program: str) -> subprocess.CompletedProcess[str]:
     (made.folder / "seen.json").unlink(missing_ok=True)
     return trl.run(["python", "-c", program], cwd=made.folder)
 
 
 def seen(trl: Environment, made: Made, program: str) -> tuple[list[dict[str, Any]], list[float]]:
-    """The batches that reached the model, and the loss of each optimiser step."""
+    """The batches that the model was trained on, and the loss of each optimiser step and evaluation."""
     done = run(trl, made, RECORD + replaced(program, SETTINGS) + TELL)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads((made.folder / "seen.json").read_text())
@@ -173,13 +183,8 @@ def test_exactly_the_selected_tokens_carry_loss(trl: Environment, made: Made) ->
 
 
 def test_soft_weights_weigh_the_loss(trl: Environment, made: Made) -> None:
-    rows = export(made, weights="clamp:low=0.001,high=0.1,window=1")
-    plain, mixin = blocks(GUIDE, "python")
-    trainer = "trainer = SFTTrainer("
-    before, _, after = plain.partition(trainer)
-    after = replaced(after, ("SelectiveCollator(collator, masks)", "collator"))
-    program = f"{before}{mixin}trainer = WeightedTrainer({after}"
-    batches, losses = seen(trl, made, program)
+    rows = export(made, weights=SOFT)
+    batches, losses = seen(trl, made, soft_guide())
     found = collated(batches)
     assert sorted(found) == sorted(expected(made, rows))
     assert len({weight for _, weights in found for weight in weights}) > 9
@@ -187,10 +192,35 @@ def test_soft_weights_weigh_the_loss(trl: Environment, made: Made) -> None:
 
 
 def test_soft_weights_stop_where_nobody_says_what_to_do_with_them(trl: Environment, made: Made) -> None:
-    export(made, weights="clamp:low=0.001,high=0.1,window=1")
+    export(made, weights=SOFT)
     done = run(trl, made, replaced(guide(), SETTINGS))
     assert done.returncode != 0
     assert "this selection has soft weights: say weights=True" in done.stderr
+
+
+def test_other_data_is_mixed_in_and_evaluated_with_a_word(trl: Environment, made: Made) -> None:
+    rows = export(made, weights=SOFT)
+    loaded = 'train_dataset=load_dataset("parquet", data_files="export/train.parquet", split="train")'
+    others = """\
+from datasets import Dataset, concatenate_datasets
+
+selected = load_dataset("parquet", data_files="export/train.parquet", split="train")
+for row in (other := selected.select(range(4)).to_list()):
+    for message in row["messages"]:
+        del message["visgain_row"]
+other = Dataset.from_list(other).cast_column("images", selected.features["images"])
+"""
+    program = replaced(
+        soft_guide(),
+        ("collator, masks, weights=True)", f"collator, masks, weights=True, others=True)\n{others}"),
+        (loaded, "train_dataset=concatenate_datasets([selected, other.cast(selected.features)]), eval_dataset=other"),
+        ("max_length=2048)", "max_length=2048, eval_on_start=True)"),
+    )
+    batches, losses = seen(trl, made, program)
+    full = expected(made, [{**row, "weight": [1.0] * len(row["keep"])} for row in rows[:4]])
+    assert sorted(collated(batches)) == sorted([*expected(made, rows), *full])
+    assert losses[0] == pytest.approx(naive_loss(made, full), rel=1e-4)
+    assert losses[1] == pytest.approx(naive_loss(made, collated(batches[:2])), rel=1e-4)
 
 
 def test_a_template_that_drifted_stops_with_row_place_and_ids(trl: Environment, made: Made) -> None:

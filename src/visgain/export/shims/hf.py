@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from visgain.export.shims.masks import IGNORED, MaskError, Masks
+from visgain.export.shims.masks import IGNORED, Mask, MaskError, Masks, logger
 
 ROW = "visgain_row"
-"""The field of a row, or of its first message, by which a collator knows which row it sees."""
+"""The field of a row, or of any of its messages, by which a collator knows which row it sees."""
 
 WEIGHT = "visgain_weight"
 """The field of a batch that holds the weights of its labels: float32 [B, T]. Soft selections have it alone."""
@@ -41,32 +41,69 @@ class SelectedRows(torch.utils.data.Dataset):  # type: ignore[type-arg]
 class SelectiveCollator:
     """A collator round another one, whose `labels` [B, T] carry loss where the selection says so alone.
 
-    Rows are recognised by the field ROW of the row or of its first message, which `collator` does not get to see.
+    Rows are recognised by the field ROW of the row or of its messages, which `collator` does not get to see.
     `weights`: for a soft selection, True adds WEIGHT to the batch, which the trainers below take, and False has all
-    kept tokens count alike. Raises MaskError where labels are not the tokens that were scored.
+    kept tokens count alike. `others`: rows without ROW, of data that was not scored, keep all of their labels, each
+    with a weight of 1; else they stop. Raises MaskError where labels are not the tokens that were scored.
     """
 
     def __init__(
-        self, collator: Callable[[list[dict[str, Any]]], Any], masks: Masks, weights: bool | None = None
+        self,
+        collator: Callable[[list[dict[str, Any]]], Any],
+        masks: Masks,
+        weights: bool | None = None,
+        others: bool = False,
     ) -> None:
         if masks.soft and weights is None:
             raise MaskError(
                 "this selection has soft weights: say weights=True, and let the trainer be a WeightedLoss "
                 "(WeightedSFT with TRL), or weights=False to let all kept tokens count alike"
             )
-        self.collator, self.masks, self.weights = collator, masks, bool(weights) and masks.soft
+        self.collator, self.masks, self.weights, self.others = collator, masks, bool(weights) and masks.soft, others
+        self._told_other = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Any:
-        masks = [self.masks.of(_number(row)) for row in rows]
+        masks = [self._mask(row) for row in rows]
         batch = self.collator([_without_number(row) for row in rows])
-        labels, ids = batch["labels"], _ids(batch)
+        labels = batch["labels"]
+        if labels.dim() != 2 or len(labels) != len(rows):
+            raise MaskError(
+                f"the collator made labels of shape {list(labels.shape)} from {len(rows)} rows; it must give each row "
+                "its own labels [T]: wrap a collator that neither packs nor drops rows"
+            )
+        ids = _ids(batch)
         weights = torch.stack(
-            [self.masks.weights(mask, labels[k], None if ids is None else ids[k]) for k, mask in enumerate(masks)]
+            [self._weights(mask, labels[k], None if ids is None else ids[k]) for k, mask in enumerate(masks)]
         )
         batch["labels"] = labels.masked_fill(weights == 0, IGNORED)
         if self.weights:
             batch[WEIGHT] = weights
         return batch
+
+    def _mask(self, row: dict[str, Any]) -> Mask | None:
+        """The mask of a row, None if it is of other data."""
+        number = _number(row)
+        if number is not None:
+            return self.masks.of(number)
+        names = ", ".join(repr(name) for name in row if name != ROW) or "nothing"
+        if not self.others:
+            raise MaskError(
+                f"a row has no {ROW!r}, only {names}: train on SelectedRows or on the exported file, with "
+                "remove_unused_columns=False. To let rows of other data, as of an eval_dataset, keep all of their "
+                "labels, say SelectiveCollator(..., others=True)"
+            )
+        if not self._told_other:
+            self._told_other = True
+            logger.warning(
+                "a row has no %r, only %s, and keeps all of its labels (others=True); if it is one of the selection, "
+                "set remove_unused_columns=False; further rows like it are not told",
+                ROW,
+                names,
+            )
+        return None
+
+    def _weights(self, mask: Mask | None, labels: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+        return (labels != IGNORED).float() if mask is None else self.masks.weights(mask, labels, ids)
 
 
 def _ids(batch: Any) -> torch.Tensor | None:
@@ -78,14 +115,10 @@ def _ids(batch: Any) -> torch.Tensor | None:
     return ids.masked_fill(attended == 0, IGNORED)
 
 
-def _number(row: dict[str, Any]) -> int:
-    for place in (row, *(row.get("messages") or ())[:1]):
-        if ROW in place:
-            return int(place[ROW])
-    raise MaskError(
-        f"a row has no {ROW!r}, only {', '.join(map(repr, row)) or 'nothing'}: train on SelectedRows or on the "
-        "exported file, with remove_unused_columns=False"
-    )
+def _number(row: dict[str, Any]) -> int | None:
+    """`datasets` fills in None where a row or a message that somebody added has no such field."""
+    places = (row, *(row.get("messages") or ()))
+    return next((int(place[ROW]) for place in places if place.get(ROW) is not None), None)
 
 
 def _without_number(row: dict[str, Any]) -> dict[str, Any]:
