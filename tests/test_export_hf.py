@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from environments import blocks, replaced
 from visgain.config import ExportConfig, ScoreConfig, SelectConfig, TrainConfig, WorldConfig
 from visgain.data import open_dataset
 from visgain.export.run import run_export
-from visgain.export.shims.hf import ROW, WEIGHT, SelectedRows, SelectiveCollator, WeightedLoss
+from visgain.export.shims.hf import ROW, WEIGHT, SelectedRows, SelectiveCollator, WeightedLoss, WeightedSFT
 from visgain.export.shims.masks import IGNORED, MaskError, Masks
 from visgain.scoring.run import run_score
 from visgain.selection import run_select
@@ -313,10 +314,110 @@ def test_a_collator_that_packs_or_drops_rows_is_told(
         collator([{ROW: rows[0]["row"]}, {ROW: rows[1]["row"]}])
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_weights_count_in_training_and_in_evaluation(
+    folder: Path, export: Callable[..., Any], tmp_path: Path, smoothing: float
+) -> None:
+    """Both losses are the weighted mean over all rows as one batch, each token smoothed over the vocabulary."""
+    export(SOFT)
+    masks = Masks(folder / "export" / "masks.safetensors")
+
+    def collator(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        answers = [masks.of(row["number"]).token_id.long() for row in rows]
+        labels = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
+        labels = torch.nn.functional.pad(labels, (2, 0), value=IGNORED)
+        return {"input_ids": labels.clamp(min=0), "labels": labels}
+
+    class MyTrainer(WeightedLoss, transformers.Trainer):
+        pass
+
+    data = SelectedRows([{"number": number} for number in range(20)], masks)
+    wrapped = SelectiveCollator(collator, masks, weights=True)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=16,
+            initializer_range=1.0,  # tokens differ in their loss
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=int(masks.columns["token_id"].max()) + 1,
+        )
+    )
+    settings = {**SETTINGS, "gradient_accumulation_steps": -(-len(data) // 4)}
+    settings |= {"max_steps": 1, "per_device_eval_batch_size": len(data), "remove_unused_columns": False}
+    trainer = MyTrainer(
+        model=model,
+        args=transformers.TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=smoothing, **settings),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=wrapped,
+    )
+    batch = wrapped([data[k] for k in range(len(data))])
+    with torch.no_grad():
+        log_probs = model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)
+    chosen = log_probs.gather(-1, batch["labels"][:, 1:, None].clamp(min=0))[..., 0]
+    each = -(1 - smoothing) * chosen - smoothing * log_probs.mean(-1)
+    weight = batch[WEIGHT][:, 1:]
+    loss = float((each * weight).sum() / weight.sum())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-4)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+SFT = {"label_smoothing_factor": 0.0, "loss_type": "nll", "compute_loss_func": None}
+
+
+def weighted_sft(head: bool = True, **settings: Any) -> Any:
+    """A trainer that makes its loss of a head's log-probabilities, as TRL's; `head`: whether there are any."""
+
+    class Trainer:
+        args = SimpleNamespace(**{**SFT, **settings})
+        compute_loss_func = args.compute_loss_func
+
+        def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Any:
+            return model(inputs["labels"]).loss()
+
+    class Head(torch.nn.Module):
+        def forward(self, labels: torch.Tensor) -> Any:
+            outputs = SimpleNamespace(log_probs=torch.full(labels[:, 1:].shape, -1.0) if head else None)
+            outputs.loss = lambda: -outputs.log_probs.sum() if head else torch.zeros(())
+            return outputs
+
+    class Weighted(WeightedSFT, Trainer):
+        pass
+
+    trainer, model = Weighted(), Head()
+    return lambda inputs: trainer.compute_loss(model, inputs)
+
+
+WEIGHED = {"labels": torch.tensor([[IGNORED, 4, 5]]), WEIGHT: torch.tensor([[0.0, 0.5, 1.5]])}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"label_smoothing_factor": 0.1}, "loss with label_smoothing_factor=0.1: leave it out, or let all"),
+        ({"loss_type": "dft"}, "loss with loss_type='dft': leave it out, or let all"),
+        ({"compute_loss_func": print}, "loss with compute_loss_func: leave it out, or let all"),
+        ({"head": False}, "no head whose log-probabilities could be weighed: let all"),
+    ],
+)
+def test_weights_that_trl_would_not_see_stop(settings: dict[str, Any], told: str) -> None:
+    """A batch without weights passes: nothing of it could be lost."""
+    compute_loss = weighted_sft(**settings)
+    with pytest.raises(MaskError, match=told):
+        compute_loss(WEIGHED)
+    assert WEIGHT in WEIGHED
+    compute_loss({"labels": WEIGHED["labels"]})
+    assert weighted_sft()(WEIGHED) == 2.0
+
+
 def test_a_step_without_any_label_is_a_loss_of_zero() -> None:
     class Trainer:
         class args:  # noqa: N801
             average_tokens_across_devices = True
+            label_smoothing_factor = 0.0
             world_size = 1
             device = "cpu"
 
@@ -329,15 +430,16 @@ def test_a_step_without_any_label_is_a_loss_of_zero() -> None:
     class Weighted(WeightedLoss, Trainer):
         pass
 
-    def model(**inputs: Any) -> Any:
-        return type("Outputs", (), {"logits": logits})
+    class Model(torch.nn.Module):
+        def forward(self, **inputs: Any) -> Any:
+            return SimpleNamespace(logits=logits)
 
     logits = torch.randn(1, 4, 7, requires_grad=True)
     empty = {"labels": torch.full((1, 4), IGNORED)}
     trainer = Weighted()
     _, count = trainer.get_batch_samples([empty])
     for total in (count, None):
-        loss = trainer.compute_loss(model, empty, num_items_in_batch=total)
+        loss = trainer.compute_loss(Model(), empty, num_items_in_batch=total)
         loss.backward()
         assert loss.item() == 0
         assert not logits.grad.any()
@@ -346,7 +448,9 @@ def test_a_step_without_any_label_is_a_loss_of_zero() -> None:
 @pytest.mark.slow
 @masks_of_answers
 def test_two_processes_train_as_one(folder: Path, export: Callable[..., Any]) -> None:
-    """A step of all kept rows, with weights: its loss and the weights after it do not depend on who computed what."""
+    """A step of all kept rows, with weights: its loss, the weights after it and an evaluation in batches of two do not
+    depend on who computed what.
+    """
     rows = export(SOFT)
     kept = len(rows) - len(rows) % 2
     settings = {**SETTINGS, "per_device_train_batch_size": 1, "seed": 0, "lr_scheduler_type": "constant"}
@@ -354,16 +458,21 @@ def test_two_processes_train_as_one(folder: Path, export: Callable[..., Any]) ->
     [guide] = blocks(GUIDE, "python")
     told = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     tell = """
+evaluated = trainer.evaluate(trainer.train_dataset)["eval_loss"]
 if trainer.is_world_process_zero():
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     grown = sum(float(p.double().abs().sum()) for p in trainer.model.parameters())
-    Path("told.json").write_text(json.dumps([losses, grown]))
+    Path("told.json").write_text(json.dumps([[*losses, evaluated], grown]))
 """
     found = []
     for ranks in (1, 2):
         program = replaced(
             guide,
-            ('output_dir="trained", ', f'output_dir="trained", {told}, gradient_accumulation_steps={kept // ranks}, '),
+            (
+                'output_dir="trained", ',
+                f'output_dir="trained", {told}, gradient_accumulation_steps={kept // ranks}, '
+                f"per_device_eval_batch_size={2 // ranks}, ",
+            ),
             ("SelectiveCollator(collator, masks", "SelectiveCollator(collator, masks, True"),
             (
                 "train_dataset=SelectedRows(rows, masks)",
@@ -376,6 +485,6 @@ if trainer.is_world_process_zero():
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads((folder / "told.json").read_text()))
     (alone, weights), (together, their_weights) = found
-    assert len(alone) == 3
+    assert len(alone) == 3 + 1
     assert together == pytest.approx(alone, rel=1e-4)
     assert their_weights == pytest.approx(weights, rel=1e-6)

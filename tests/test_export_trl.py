@@ -198,6 +198,14 @@ def test_soft_weights_stop_where_nobody_says_what_to_do_with_them(trl: Environme
     assert "this selection has soft weights: say weights=True" in done.stderr
 
 
+@pytest.mark.parametrize("setting", ["label_smoothing_factor=0.1", "loss_type='dft'"])
+def test_soft_weights_stop_where_the_loss_would_not_see_them(trl: Environment, made: Made, setting: str) -> None:
+    export(made, weights=SOFT)
+    done = run(trl, made, replaced(soft_guide(), ("max_length=2048)", f"max_length=2048, {setting})"), SETTINGS))
+    assert done.returncode != 0
+    assert f"WeightedSFT cannot weigh SFTTrainer's loss with {setting}: leave it out" in done.stderr
+
+
 def test_other_data_is_mixed_in_and_evaluated_with_a_word(trl: Environment, made: Made) -> None:
     rows = export(made, weights=SOFT)
     loaded = 'train_dataset=load_dataset("parquet", data_files="export/train.parquet", split="train")'

@@ -21,6 +21,8 @@ ROW = "visgain_row"
 WEIGHT = "visgain_weight"
 """The field of a batch that holds the weights of its labels: float32 [B, T]. Soft selections have it alone."""
 
+_ALIKE = "let all kept tokens count alike, with SelectiveCollator(..., weights=False)"
+
 
 class SelectedRows(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """The kept rows of the dataset that was scored, each with its number: `dataset[row]` is any mapping."""
@@ -140,6 +142,7 @@ class WeightedLoss:
     """`class MyTrainer(WeightedLoss, Trainer)`: the loss is sum(weight * nll) / sum(weight) over an optimiser step.
 
     Without WEIGHT in the batch every label counts as one. A step without any label is a loss of 0 and not nan.
+    `label_smoothing_factor` smooths each nll over the vocabulary, as Trainer's own loss does.
     """
 
     loss_is_scaled_for_ga = True  # by get_batch_samples, which sees the whole step
@@ -157,11 +160,18 @@ class WeightedLoss:
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs = dict(inputs)
+        if num_items_in_batch is not None and not model.training:  # not of get_batch_samples: it counts labels here
+            num_items_in_batch = _total(self, [inputs])
         labels, weight = inputs.pop("labels"), inputs.pop(WEIGHT, None)
         outputs = model(**inputs)
         weight = _shifted(labels, weight)
-        logits = outputs.logits[:, :-1].float()
-        nll = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none")
+        nll = cross_entropy(
+            outputs.logits[:, :-1].float().flatten(0, 1),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
+            label_smoothing=self.args.label_smoothing_factor,  # type: ignore[attr-defined]
+        )
         total = weight.sum() if num_items_in_batch is None else num_items_in_batch
         loss = (nll.view_as(weight) * weight).sum() / _not_zero(total)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
@@ -172,7 +182,8 @@ class WeightedLoss:
 class WeightedSFT:
     """`class MyTrainer(WeightedSFT, SFTTrainer)`: the same for TRL's trainer, whose fused head it keeps.
 
-    It multiplies the log-probabilities that the head returns. TRL guards steps without labels itself.
+    It multiplies the log-probabilities that the head returns. TRL guards steps without labels itself. Raises MaskError
+    where TRL makes its loss of anything else. Without WEIGHT in the batch the loss is TRL's own.
     """
 
     _per_label = 1.0
@@ -187,23 +198,47 @@ class WeightedSFT:
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if WEIGHT not in inputs:
+            return super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        self._need_log_probs()
         inputs = dict(inputs)
-        weight = _shifted(inputs["labels"], inputs.pop(WEIGHT, None))
+        weight = _shifted(inputs["labels"], inputs.pop(WEIGHT))
         per_label = self._per_label
         if num_items_in_batch is None:
             per_label = (inputs["labels"][:, 1:] != IGNORED).sum() / _not_zero(weight.sum())
 
+        weighed = False
+
         def weigh(_module: Any, _inputs: Any, outputs: Any) -> None:
+            nonlocal weighed
             if getattr(outputs, "log_probs", None) is not None:
                 outputs.log_probs = outputs.log_probs * weight * per_label
+                weighed = True
 
         hook = model.register_forward_hook(weigh)
         try:
-            return super().compute_loss(  # type: ignore[misc]
+            loss = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         finally:
             hook.remove()
+        if not weighed:
+            raise MaskError(f"this version of TRL has no head whose log-probabilities could be weighed: {_ALIKE}")
+        return loss
+
+    def _need_log_probs(self) -> None:
+        """With these settings the weights would change nothing, or the wrong thing, and nobody would see it."""
+        smoothing = self.args.label_smoothing_factor  # type: ignore[attr-defined]
+        kind = getattr(self.args, "loss_type", "nll")  # type: ignore[attr-defined]
+        for what, there in (
+            (f"loss_type={kind!r}", kind != "nll"),
+            (f"label_smoothing_factor={smoothing}", smoothing != 0),
+            ("compute_loss_func", getattr(self, "compute_loss_func", None) is not None),
+        ):
+            if there:
+                raise MaskError(f"WeightedSFT cannot weigh SFTTrainer's loss with {what}: leave it out, or {_ALIKE}")
 
 
 def _shifted(labels: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
