@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 import foreign_run
-from environments import Environment, batches, commands, environment
+from environments import Environment, batches, blocks, commands, environment
 from visgain.cli import main
+from visgain.data import open_dataset
 from visgain.storage import SOFT_SELECTION_SCHEMA, read_selection_table, write_selection
+from visgain.vlm.load import load_vlm
+from visgain.vlm.template import make_encoder
 
 pytestmark = pytest.mark.integration
 
 GUIDE = Path(__file__).parents[1] / "docs" / "trainers" / "ms-swift.md"
 CPU = "--use_cpu true --torch_dtype float32 --attn_impl eager --report_to none --save_strategy no --check_model false"
+PAD = 0
 [TRAIN] = [command for command in commands(GUIDE) if command[0] != "visgain"]
 
 
@@ -34,14 +41,39 @@ def swift(folder: Path) -> Environment:
     return environment("ms-swift", folder)
 
 
-def test_the_guide_trains_on_exactly_the_selected_tokens(swift: Environment, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(swift: Environment, folder: Path) -> list[dict[str, Any]]:
+    """The batches of the guide's training."""
     done = swift.run([*TRAIN, *CPU.split()], spy=folder / "batches.jsonl")
     assert done.returncode == 0, done.stderr[-3000:]
-    pairs = foreign_run.check_labels(folder, batches(folder / "batches.jsonl"))
+    return batches(folder / "batches.jsonl")
+
+
+def test_the_guide_trains_on_exactly_the_selected_tokens(folder: Path, trained: list[dict[str, Any]]) -> None:
+    pairs = foreign_run.check_labels(folder, trained)
     assert 0 < sum(sum(row["keep"]) for _, row in pairs) < sum(len(row["keep"]) for _, row in pairs)
     ends = [keep for _, row in pairs for token, keep in zip(row["token_id"], row["keep"], strict=True) if token == 2]
     assert not all(ends)  # what ms-swift alone always trains on
     assert "loss_scale" not in pairs[0][0]
+
+
+def test_the_guides_chat_template_writes_the_prompt_of_ms_swift(
+    folder: Path, tmp_path: Path, trained: list[dict[str, Any]]
+) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    [template] = blocks(GUIDE, "jinja")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    encoder = make_encoder(load_vlm(str(tmp_path / "model"), device="cpu"), "chat", 2048)
+    found = [_unpadded(row["input_ids"]) for row in foreign_run.trained_rows(trained)]
+    dataset = open_dataset(folder / "data.json")
+    for kept in foreign_run.kept_rows(folder):
+        sample = dataset[kept["row"]]
+        images = [Image.open(folder / image.key).convert("RGB") for image in sample.images]
+        assert _unpadded(encoder.encode(sample, images).input_ids.tolist()) in found
+
+
+def _unpadded(input_ids: list[int]) -> list[int]:
+    return [token for token in input_ids if token != PAD]
 
 
 def test_soft_weights_arrive_in_units_of_their_mean(swift: Environment, folder: Path, tmp_path: Path) -> None:
