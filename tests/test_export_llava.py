@@ -220,9 +220,10 @@ def test_without_the_launcher_more_tokens_carry_loss(llava: Case) -> None:
     assert sum(label != IGNORED for item in items for label in item["labels"]) == llava.done.tokens
 
 
-def test_nanovlms_shifted_labels_carry_loss_before_the_selected_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [0, 1], ids=["tables", "streams"])
+def test_nanovlms_shifted_labels_carry_loss_before_the_selected_tokens(stream: int, tmp_path: Path) -> None:
     case = make_case(tmp_path, NANOVLM)
-    done = case.run()
+    done = case.run(stream_dataset=stream)
     assert done.returncode == 0, done.stderr
     ids = [t for item in case.said() for t in item["input_ids"]]
     labels = [label for item in case.said() for label in item["labels"]]
@@ -469,6 +470,12 @@ def test_open_qwen2vls_dataset_of_one_file_a_row_is_refused(tmp_path: Path) -> N
     assert "use the stage finetune" in done.stderr
 
 
+def test_check_says_that_it_cannot_read_nanovlms_stream(tmp_path: Path) -> None:
+    done = make_case(tmp_path, NANOVLM).run(arguments=["--check"], stream_dataset=1)
+    assert done.returncode == 1
+    assert "--check asks for rows by their place; set stream_dataset to False in models/config.py" in done.stderr
+
+
 def test_an_error_in_nanovlms_reading_thread_ends_the_training(tmp_path: Path) -> None:
     case = make_case(tmp_path, NANOVLM)
     done = case.run(tokenizer=swap_two_words(case, tmp_path / "other.json"))
@@ -651,6 +658,21 @@ def test_nanovlms_table_says_which_row_each_is_and_how_pictures_are_opened(tmp_p
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     assert features["images"] == {"feature": {"_type": "Image"}, "_type": "List"}
     assert set(features) == set(table.column_names)
+
+
+def test_rows_with_more_pictures_than_nanovlm_takes_are_counted_and_left_out_by_it(tmp_path: Path) -> None:
+    data = make_rows(tmp_path / "data")
+    rows = json.loads(data.read_text())
+    for row, n in ((1, 4), (2, 5)):
+        rows[row]["image"] = [f"pictures/{k}.png" for k in (0, 1, 2, 3, 5)[:n]]
+        rows[row]["conversations"][0]["value"] = "<image>" * n + "\nWhat changed?"
+    data.write_text(json.dumps(rows))
+    case = make_case(tmp_path, NANOVLM, data)
+    assert case.done.notes[1].startswith("1 rows have more than 4 pictures, and nanoVLM leaves them out")
+    done = case.run(workers=0)
+    assert done.returncode == 0, done.stderr
+    found = [label for item in case.said() for label in carrying(item["labels"])]
+    assert sorted(found) == sorted(token for index, kept in case.kept.items() for token in kept if index != 2)
 
 
 # ---------------------------------------------------------------- guides

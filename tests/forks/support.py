@@ -124,6 +124,7 @@ def read_arguments():
     parser.add_argument("--local_rank", type=int, default=-1)
     parser.add_argument("--dataset.finetune_stage_components", dest="components", type=json.loads)  # prismatic's
     parser.add_argument("--train_dataset_path")  # nanoVLM's
+    parser.add_argument("--stream_dataset", type=int, default=0)  # nanoVLM's, from its models/config.py
     arguments, _ = parser.parse_known_args()
     if arguments.components is not None:
         arguments.data_path, arguments.image_folder = arguments.components

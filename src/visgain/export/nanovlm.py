@@ -1,6 +1,8 @@
 """Export to nanoVLM: the kept rows as a table in the manner of FineVision, masks, and the launcher of shims/llava.py.
 
-nanoVLM shuffles, shards and splits its rows, and carries their columns along, so each says which row it is.
+nanoVLM shuffles, shards and splits its rows, and carries their columns along, so each says which row it is. Since it
+trains on FineVision it reads `texts` and `images`; for a while before that `conversations` and `image`, which are not
+written. Where that was read is in docs/trainers/nanovlm.md.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from visgain.types import IMAGE_MARK
 
 TABLE = "data/train-00000-of-00001.parquet"
 """In a folder of its own: `datasets` takes any JSON beside it for rows."""
+
+_MOST_PICTURES = 4
+"""nanoVLM's own `max_images_per_example`: rows with more are left out."""
 
 _TEXT = {"dtype": "string", "_type": "Value"}
 FEATURES = {
@@ -52,17 +57,25 @@ class NanoVLM:
         require_ends_of_turns(selected, "nanoVLM")
         table = out / TABLE
         table.parent.mkdir(parents=True, exist_ok=True)
+        crowded = 0
         with open_masks(out, selected) as masks:
 
             def rows() -> Iterator[Mapping[str, Any]]:
+                nonlocal crowded
                 for kept in selected:
                     masks.add(kept)
+                    crowded += len(kept.sample.images) > _MOST_PICTURES
                     yield fine_vision_row(kept, out)
 
             write_table(table, rows(), SCHEMA)
         launcher = write_shim(out, "llava", LAUNCHER)
         folder = table.parent.absolute()
-        return [f"in place of `python train.py`: python {launcher} train.py --train_dataset_path {folder} ..."]
+        start = f"in place of `python train.py`: python {launcher} train.py --train_dataset_path {folder} ..."
+        left_out = (
+            f"{crowded:,} rows have more than {_MOST_PICTURES} pictures, and nanoVLM leaves them out unless its "
+            "models/config.py says a larger max_images_per_example"
+        )
+        return [start, left_out] if crowded else [start]
 
 
 def fine_vision_row(kept: KeptRow, out: Path) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 
 class ConstantLengthDataset(IterableDataset):
-    def __init__(self, dataset, seq_length=1024, queue_size=2):
+    def __init__(self, dataset, max_sample_length=1024, seq_length=1024, queue_size=2, max_images_per_example=4):
         self.dataset = dataset
+        self.max_sample_length = max_sample_length
         self.seq_length = seq_length
+        self.max_images_per_example = max_images_per_example
         self.queue_size = queue_size
         self._sentinel = object()
 
@@ -20,6 +22,8 @@ class ConstantLengthDataset(IterableDataset):
         first, step = (info.id, info.num_workers) if info else (0, 1)
 
         def make_base_iterator():
+            if not hasattr(self.dataset.dataset, "__len__"):
+                return self.dataset.iter_for_worker()
             return (self.dataset[i] for i in itertools.islice(range(len(self.dataset)), first, None, step))
 
         queue = Queue(maxsize=self.queue_size)
@@ -33,8 +37,12 @@ class ConstantLengthDataset(IterableDataset):
     def _producer(self, make_iterator, queue):
         packs, length = [[]], 0
         for sample in make_iterator():
-            if sample is None:
+            if sample is None or len(sample["input_ids"]) >= self.max_sample_length:
                 continue
+            if len(sample["images"]) > self.max_images_per_example:
+                continue
+            padded = (("input_ids", self.dataset.tokenizer.pad_token_id), ("labels", -100))
+            sample |= {key: torch.cat([sample[key], torch.tensor([value])]) for key, value in padded}
             length += len(sample["input_ids"])
             if length > self.seq_length and packs[-1]:
                 packs, length = [*packs, []], len(sample["input_ids"])

@@ -1,4 +1,4 @@
-"""Stands for nanoVLM's data/datasets.py: pairs of user and assistant, labels shifted by one."""
+"""Stands for nanoVLM's data/datasets.py since FineVision: `texts`, `images`, a rating a turn, labels shifted by one."""
 
 import torch
 from support import open_picture
@@ -21,7 +21,8 @@ class BaseDataset(Dataset):
         messages = []
         for index, text in enumerate(item["texts"]):
             ratings = item.get("visual_dependency_ratings")
-            if ratings is not None and ratings[index] < self.visual_dependency_min_rating:
+            rating = None if ratings is None else ratings[index]
+            if rating is not None and rating < self.visual_dependency_min_rating:
                 continue
             messages += [("user", text["user"]), ("assistant", text["assistant"])]
         if messages:
@@ -40,6 +41,10 @@ class BaseDataset(Dataset):
 
 
 class VQADataset(BaseDataset):
+    def iter_for_worker(self):
+        for item in self.dataset:
+            yield self._process_data(item)
+
     def __getitem__(self, idx):
         return self._process_data(self.dataset[idx])
 
