@@ -669,7 +669,7 @@ def test_rows_with_more_pictures_than_nanovlm_takes_are_counted_and_left_out_by_
     data.write_text(json.dumps(rows))
     case = make_case(tmp_path, NANOVLM, data)
     assert case.done.notes[1].startswith("1 rows have more than 4 pictures, and nanoVLM leaves them out")
-    done = case.run(workers=0)
+    done = case.run()
     assert done.returncode == 0, done.stderr
     found = [label for item in case.said() for label in carrying(item["labels"])]
     assert sorted(found) == sorted(token for index, kept in case.kept.items() for token in kept if index != 2)

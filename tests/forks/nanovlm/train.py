@@ -42,7 +42,7 @@ def get_dataloaders(arguments):
         for part in (rows[n_val:], rows[:n_val])
     )
     packed = DataLoader(train, batch_size=1, collate_fn=collate, num_workers=arguments.workers)
-    return packed, DataLoader(val, batch_size=1, collate_fn=collate)
+    return packed, DataLoader(val, batch_size=1, collate_fn=collate, num_workers=1)
 
 
 if __name__ == "__main__":

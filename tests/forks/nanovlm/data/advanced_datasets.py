@@ -27,10 +27,12 @@ class ConstantLengthDataset(IterableDataset):
             return (self.dataset[i] for i in itertools.islice(range(len(self.dataset)), first, None, step))
 
         queue = Queue(maxsize=self.queue_size)
-        threading.Thread(target=self._producer, args=(make_base_iterator, queue), daemon=True).start()
+        producer = threading.Thread(target=self._producer, args=(make_base_iterator, queue), daemon=True)
+        producer.start()
         while True:
             batch_of_batches = queue.get()
             if batch_of_batches is self._sentinel:
+                producer.join()  # not in nanoVLM, whose process does not end so soon after that
                 break
             yield from batch_of_batches
 
