@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from visgain.config import TrainConfig
 from visgain.errors import ModelError
 from visgain.training.optimiser import divide_by_rate
 from visgain.training.prepare import prepare_model
-from visgain.training.recipe import PARTS, load_recipe
+from visgain.training.recipe import Part, load_recipe
 from visgain.training.run import run_train
 from visgain.training.trainer import trains_more_than_language
 from visgain.vlm.families import in_no_part
@@ -69,7 +70,7 @@ def under(paths: set[str], names: set[str]) -> set[str]:
 def test_every_weight_of_a_family_is_in_one_part_or_told_to_be_in_none(name: str) -> None:
     vlm = ZOO[name].build()
     everything = {one for one, _ in vlm.model.named_parameters()}  # Ernie 4.5 comes with some of them frozen
-    parts = {part: trainable(prepared(vlm, part)) for part in PARTS if part != LACKS.get(name)}
+    parts = {part: trainable(prepared(vlm, part)) for part in get_args(Part) if part != LACKS.get(name)}
     outside = under(NO_PART.get(name, set()), everything)
     assert set(in_no_part(vlm.model)) == NO_PART.get(name, set())
     assert all(parts.values())
@@ -97,7 +98,7 @@ def test_what_lies_between_two_parts_belongs_to_one(name: str, path: str, part: 
     vlm = ZOO[name].build()
     weights = under({path}, {one for one, _ in vlm.model.named_parameters()})
     assert weights
-    for one in PARTS:
+    for one in get_args(Part):
         assert trainable(prepared(vlm, one)) & weights == (weights if one == part else set())
 
 
@@ -107,7 +108,7 @@ def test_every_part_learns_from_a_picture(name: str) -> None:
     row = ZOO[name].encode(vlm, make_sample("<image>\nWhat is this?", "A red cup."), [picture(0)])
     ids = torch.from_numpy(row.input_ids)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **row.model_inputs}
-    parts = {part: trainable(prepared(vlm, part)) for part in PARTS if part != LACKS.get(name)}
+    parts = {part: trainable(prepared(vlm, part)) for part in get_args(Part) if part != LACKS.get(name)}
     model = prepared(vlm, *parts)
     model(**inputs, use_cache=False).logits[0, -2, 0].backward()
     learning = {one for one, p in model.named_parameters() if p.grad is not None and p.grad.any()}

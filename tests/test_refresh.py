@@ -311,6 +311,8 @@ def test_a_training_does_not_go_on_with_other_rows_to_choose_from(
 def test_a_model_that_can_no_longer_score_is_told(
     blank_model: Path, small_world: Path, selection: Path, tmp_path: Path
 ) -> None:
-    config = train_config(blank_model, small_world, selection, tmp_path / "out", learning_rate=1e30)
+    """Before its next step could show that the training diverged."""
+    rates = {"learning_rate": 1e30, "refresh_every": 1}
+    config = train_config(blank_model, small_world, selection, tmp_path / "out", **rates)
     with pytest.raises(DataError, match=r"among the rows to come: .*row \d+: the model gave a non-finite"):
         run_train(config)

@@ -156,12 +156,13 @@ class ImageSpan:
 
     def open(self) -> Image.Image:
         """Decode as `ImageFile` does. Raises ImageError, and nothing else."""
-        return decode(self.name, self._bytes, self.max_pixels)
+        return decode(self.name, self.content, self.max_pixels)
 
     def __repr__(self) -> str:
         return f"image {self.key}"  # part of the fingerprint of a row that cannot be scored, wherever it is kept
 
-    def _bytes(self) -> io.BytesIO:
+    def content(self) -> io.BytesIO:
+        """The picture's file as it lies there. Raises ImageError, OSError or what a damaged container makes of it."""
         require_plausible(self.name, self.size, self.max_pixels)
         with self.container.open("rb") as file:
             file.seek(self.offset)

@@ -60,13 +60,14 @@ class TableImage:
 
     def open(self) -> Image:
         """Decode as `ImageFile` does. Raises ImageError, and nothing else."""
-        return decode(self._shown, self._bytes, self.max_pixels)
+        return decode(self._shown, self.content, self.max_pixels)
 
     @property
     def _shown(self) -> str:
         return self.path or ".".join(map(str, self.steps))
 
-    def _bytes(self) -> io.BytesIO:
+    def content(self) -> io.BytesIO:
+        """The picture's file as it lies there. Raises ImageError, OSError or what a damaged container makes of it."""
         buffer = self._buffer()
         require_plausible(self._shown, buffer.size, self.max_pixels)
         return io.BytesIO(buffer)

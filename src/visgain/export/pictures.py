@@ -77,7 +77,7 @@ def _copy(image: ImageRef) -> tuple[str, memoryview | None]:
     if not isinstance(image, ImageSpan | TableImage):
         return "png", None
     try:
-        content = image._bytes()
+        content = image.content()
     except (ImageError, OSError):
         return "png", None  # and opening it says what is wrong
     kind, mode = _as_it_lies(content) or ("", "")
