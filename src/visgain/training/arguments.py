@@ -38,6 +38,8 @@ def training_arguments(recipe: Recipe, config: TrainConfig) -> TrainingArguments
     sharding = _sharding(config.parallel)
     _check_processes(config)
     _check_trackers(config.report_to)
+    if sharding.get("fsdp_config", {}).get("cpu_ram_efficient_loading"):
+        enable_fsdp_ram_efficient_loading()  # it must be known before the model is loaded
     arguments = TrainingArguments(
         output_dir=str(config.out / "checkpoints"),
         # A batch is all that a rank computes of a step: what goes through the model at once is the trainer's business.
@@ -94,8 +96,6 @@ def _sharding(name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"--parallel {path}: settings are a mapping of names to values")
     if "zero_optimization" not in values:
-        if values.get("cpu_ram_efficient_loading"):
-            enable_fsdp_ram_efficient_loading()  # it must be known before the model is loaded
         return {"fsdp": True, "fsdp_config": values}
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"--parallel {name} needs DeepSpeed: pip install deepspeed")
