@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 import tiny_run
@@ -481,6 +482,13 @@ def test_more_arms_and_seeds_join_a_study_and_another_study_is_refused(
     assert measured(again) == measured(grown)
     with pytest.raises(StorageError, match="rows: 24 there, 25 now"):
         run_ablation(study(out, rows=25))
+    values = asdict(load_recipe("embedded-tune"))
+    for name, value in {"save_steps": 7, "learning_rate": 0.5}.items():
+        path = out.with_name(f"{name}.yaml")
+        path.write_text(yaml.safe_dump({**values, "parts": list(values["parts"]), name: value}))
+    assert measured(run_ablation(study(out, recipe=str(out.with_name("save_steps.yaml"))))) == measured(grown)
+    with pytest.raises(StorageError, match=r"learning_rate: .* there, 0.5 now"):
+        run_ablation(study(out, recipe=str(out.with_name("learning_rate.yaml"))))
 
 
 def test_a_cell_that_fails_is_told_and_the_others_go_on(

@@ -36,6 +36,7 @@ from visgain.errors import ConfigError, VisgainError
 from visgain.evaluation.benchmark import BENCHMARKS, JudgedBenchmark
 from visgain.scoring.claims import Rank, claim_named
 from visgain.storage import claim_run, read_json, storage_errors, write_json, write_text
+from visgain.training.recipe import decisive
 from visgain.training.run import SUMMARY
 from visgain.vlm.load import model_fingerprint, model_name
 from visgain.vlm.profiles import find_profile
@@ -180,7 +181,7 @@ def _identity(config: AblateConfig) -> dict[str, Any]:
         "ablation": {
             "model": model_name(config.model),
             "model_fingerprint": model_fingerprint(config.model),
-            "recipe": asdict(recipe_of(config)),
+            "recipe": decisive(recipe_of(config)),
             "equal": config.equal,
             "steps": config.steps,
             "counterfactual": parse_condition(config.counterfactual).spec,

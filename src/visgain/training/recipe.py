@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -90,6 +90,15 @@ class Recipe:
                 raise ConfigError(f"learning_rates has {part!r}; its names are {_words(Part)}")
         if self.vision_from_layer is not None and "vision" not in self.parts:
             raise ConfigError("vision_from_layer is set, but vision is not among the parts that are trained")
+
+
+_FREE = ("packing", "pack_tokens", "gradient_checkpointing", "workers", "save_steps")
+"""Values on which nothing depends but time and memory: they may change between a start and the next."""
+
+
+def decisive(recipe: Recipe) -> dict[str, Any]:
+    """The values that the trained model depends on, by name."""
+    return {name: value for name, value in asdict(recipe).items() if name not in _FREE}
 
 
 # ---------------------------------------------------------------- what a value must be

@@ -23,7 +23,7 @@ from visgain.training.collate import Rows, SelectedRows, open_rows
 from visgain.training.logs import JsonlLog, QuietProgress
 from visgain.training.prepare import prepare_model, recompute_activations, set_precision, shard_by_layer
 from visgain.training.ranks import from_first, leave
-from visgain.training.recipe import Recipe, resolve_recipe
+from visgain.training.recipe import Recipe, decisive, resolve_recipe
 from visgain.training.refresh import Refresh, RefreshedRows, cost, selection_record
 from visgain.training.save import outline, save_model, whole_model
 from visgain.training.trainer import SelectiveTrainer, Tokens
@@ -175,10 +175,6 @@ def _scored_identity(config: TrainConfig) -> dict[str, Any]:
     return identity
 
 
-_FREE = ("packing", "pack_tokens", "gradient_checkpointing", "workers", "save_steps")
-"""Values of a recipe on which nothing depends but time and memory: they may change between a start and the next."""
-
-
 def _identity(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
     """Everything that the trained model depends on."""
     selection = None if config.selection is None else file_hash(config.selection / "selection.parquet")
@@ -190,7 +186,7 @@ def _identity(config: TrainConfig, recipe: Recipe, data_fingerprint: str) -> dic
         "model_fingerprint": model_fingerprint(config.model),
         "data_fingerprint": data_fingerprint,
         "selection": selection,
-        "recipe": {name: value for name, value in asdict(recipe).items() if name not in _FREE},
+        "recipe": decisive(recipe),
         "seed": config.seed,
         "parallel": config.parallel,
         **({"projector": file_hash(config.projector)} if config.projector else {}),
