@@ -318,6 +318,11 @@ def test_rows_are_cut_where_they_were_cut_for_the_scores(blank_model: Path, smal
     run_train(config)
     recipe = json.loads((tmp_path / "out/run.json").read_text())["identity"]["recipe"]
     assert recipe["max_length"] == 60
+    run_score(ScoreConfig(model=str(blank_model), data=data, out=tmp_path / "long", max_length=3000))
+    longer = select(tmp_path / "long", tmp_path / "longer-selection", by="sample", keep=100)
+    run_train(replace(config, selection=longer, out=tmp_path / "as-ever", max_steps=1))
+    recipe = json.loads((tmp_path / "as-ever/run.json").read_text())["identity"]["recipe"]
+    assert recipe["max_length"] == 2048, "longer scores make no longer rows"
     with pytest.raises(ConfigError, match="--max-length is 100, and the selection was scored with --max-length 60"):
         run_train(replace(config, max_length=100, out=tmp_path / "longer"))
 

@@ -61,14 +61,17 @@ def _path(image: ImageRef, out: Path) -> str:
 def _written(image: ImageRef, key: str, out: Path) -> str:
     """The path of the picture in `out`: its own bytes if they will do, else an upright PNG."""
     name = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    path = out.absolute() / FOLDER / name
+    for suffix in _COPIED.values():
+        if (there := path.with_suffix(f".{suffix}")).exists():  # of another row, or of an export that was interrupted
+            return str(there)
     suffix, content = _copy(image)
-    path = out.absolute() / FOLDER / f"{name}.{suffix}"
-    if not path.exists():  # an export that was interrupted left it whole
-        with atomic_path(path) as temporary:
-            if content is None:
-                image.open().save(temporary, format="PNG")
-            else:
-                temporary.write_bytes(content)
+    path = path.with_suffix(f".{suffix}")
+    with atomic_path(path) as temporary:
+        if content is None:
+            image.open().save(temporary, format="PNG")
+        else:
+            temporary.write_bytes(content)
     return str(path)
 
 

@@ -68,7 +68,9 @@ def _train(config: TrainConfig) -> TrainSummary:
         config.projector,
         lambda: load_vlm(config.model, dtype="auto", device="cpu", trust_remote_code=config.trust_remote_code),
     )
-    encoder = make_encoder(vlm, recipe.template, _longest(config, recipe, scored))
+    encoder = make_encoder(vlm, recipe.template, recipe.max_length)
+    if encoder.max_length > scored.get("max_length", encoder.max_length):
+        encoder = make_encoder(vlm, recipe.template, _cut_as_scored(config, scored["max_length"]))
     recipe = replace(recipe, max_length=encoder.max_length)
     if scored and scored["template"] != encoder.name:
         raise ConfigError(
@@ -105,17 +107,17 @@ def _train(config: TrainConfig) -> TrainSummary:
     return summary
 
 
-def _longest(config: TrainConfig, recipe: Recipe, scored: Mapping[str, Any]) -> int | None:
-    """Longest sequence in tokens: at most that of the scores, since what is cut there has no scores behind the cut."""
-    limit = scored.get("max_length")
-    if limit is None or (recipe.max_length or limit + 1) <= limit:
-        return recipe.max_length
-    if config.max_length is not None and config.max_length > limit:
+def _cut_as_scored(config: TrainConfig, limit: int) -> int:
+    """The `limit` of the scores, where sequences would be longer: what was cut for them has no scores behind the cut.
+
+    Raises ConfigError if more was asked for.
+    """
+    if config.max_length is not None:
         raise ConfigError(
             f"--max-length is {config.max_length}, and the selection was scored with --max-length {limit}: tokens "
             f"behind that have no scores; leave it out, or score with --max-length {config.max_length}"
         )
-    return int(limit)
+    return limit
 
 
 def mean_loss(history: Sequence[Mapping[str, float]]) -> float:
