@@ -19,6 +19,7 @@ from visgain import storage
 from visgain.cli import main
 from visgain.config import ExportConfig, SelectConfig
 from visgain.data import open_dataset
+from visgain.data.table import TableImage
 from visgain.errors import ConfigError
 from visgain.export.run import run_export
 from visgain.export.shims.masks import Masks
@@ -308,6 +309,18 @@ def test_bytes_of_tables_are_copied_where_nothing_is_to_be_converted(
     assert isinstance(row, Sample)
     with Image.open(path) as there:
         assert np.array_equal(np.asarray(there.convert("RGB")), np.asarray(row.images[0].open()))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.bmp"])
+def test_pictures_of_tables_that_are_there_are_not_read_again(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table_of(tmp_path, drawn(tmp_path / "source" / name))
+    first = exported_pictures(tmp_path, "ms-swift", "data.parquet")
+    reads: list[str] = []
+    monkeypatch.setattr(TableImage, "content", lambda self: reads.append(self.key))
+    assert exported_pictures(tmp_path, "ms-swift", "data.parquet") == first
+    assert reads == []
 
 
 def test_llama_factorys_export_names_its_own_pictures_by_their_place_in_it(tmp_path: Path) -> None:
